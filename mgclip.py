@@ -1,0 +1,933 @@
+"""MG-CLIP: class-incremental learning with CLIP that preserves the modality gap, then compensates for it.
+
+"Mind the Gap: Preserving and Compensating for the Modality Gap in CLIP-Based Continual Learning"
+ICCV 2025, https://arxiv.org/abs/2507.09118
+
+CLIP learns a sequence of classification tasks. Classes never overlap, old images are never seen again, and no task
+label is given at test time. Training with cross-entropy moves the gap between images and texts, and CLIP forgets.
+So train only for as long as the gap stays (lines 1-7), and regain the lost plasticity with images alone (lines 8-10):
+
+    MG-CLIP(tasks D_1..D_T, CLIP f, alpha, beta)
+     1  add rank-r LoRA to the key and value projections of every attention block of both encoders; freeze the rest
+     2  neg_0 <- mean negative similarity of f on D_1                                                      Eq. 2
+     3  for e = 1 .. max_epochs: train one epoch on D_1; neg_e <- Eq. 2; Δ_e <- |neg_e - neg_0| / |neg_0|  Eq. 3
+     4      stop at the first Δ_e > alpha
+     5  E <- max(last e whose Δ_e was still within alpha, 1); restore the untrained LoRA
+     6  for t = 1 .. T:
+     7      train the LoRA for E epochs on D_t, cross-entropy over the classes of task t only
+     8      freeze f; append one row per new class to W_v, set to its class prototype
+     9      train the new rows for 3 epochs on image features; older rows stay as they are
+    10      score the test images of tasks 1..t: f_clip(x, t) + beta * softmax(W_v x)                      Eq. 5
+    11      A_t <- accuracy over all classes seen so far
+    12  report Avg = mean(A_1..A_T), Last = A_T
+
+A `# line n` below marks the statement that is line n. The equations:
+
+    Eq. 1  pos = mean cos(image, text of its class)           similarity_gap
+    Eq. 2  neg = mean cos(image, text of another class)       similarity_gap
+    Eq. 3  Δ_e = |neg_e - neg_0| / |neg_0| <= alpha           find_epochs
+    Eq. 5  f_clip(x, t) + beta * softmax(W_v x)               fused_scores, W_v is CosineHead.weight
+
+Three commands:
+
+    python mgclip.py                                            a demo that downloads nothing: patterns, a tiny CLIP
+    python mgclip.py --dataset cifar100 --alpha 0.1 --beta 4    the paper's CIFAR-100 with OpenAI's ViT-B/16
+    python mgclip.py --dataset folder --data-root DIR --tasks 10    your own DIR/{train,test}/<class>/<images>
+
+Parts: 1 the modality gap, 2 LoRA, 3 CLIP features, 4 preserve the gap, 5 compensate, 6 the algorithm;
+7 data, 8 results, 9 demo, 10 command line.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import urllib.error
+import warnings
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn.utils import parametrize
+from torchvision import transforms
+from tqdm import tqdm
+
+with warnings.catch_warnings():  # clip's import of pkg_resources warns
+    warnings.simplefilter("ignore")
+    import clip
+
+progress = partial(tqdm, unit=" images", leave=False, disable=None)  # disable=None: no bar unless on a terminal
+
+# 1 The modality gap ---------------------------------------------------------------------------------------------------
+
+
+def cosine(a, b):
+    """Cosine of every row of a (N, D) with every row of b (K, D): float32 (N, K), under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):  # bf16 numbers near 0.25 step by 0.002
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+
+
+def similarity_gap(image_features, text_features, labels):
+    """Mean cosine of images with the text of their own class (Eq. 1) and with those of all other classes (Eq. 2).
+
+    image_features (N, D), text_features (K, D): float32, unit norm; labels (N,): int in [0, K).
+    Returns (pos, neg), floats in [-1, 1], without temperature. Raises ValueError if K < 2.
+    """
+    K = len(text_features)
+    if K < 2:
+        raise ValueError(f"Eq. 2 needs the texts of at least two classes, not {K}")
+    cos = cosine(image_features, text_features)  # (N, K)
+    own = labels.to(cos.device)[:, None] == torch.arange(K, device=cos.device)  # (N, K), one True a row
+    pos = cos[own].mean()  # Eq. 1
+    neg = cos[~own].mean()  # Eq. 2
+    return pos.item(), neg.item()
+
+
+# 2 LoRA on keys and values --------------------------------------------------------------------------------------------
+
+
+class KeyValueLoRA(nn.Module):
+    """ΔW = B A / r on the key and value rows of an attention block's stacked query-key-value weight."""
+
+    def __init__(self, d, rank):
+        super().__init__()
+        self.A_k, self.A_v = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, d))) for _ in "kv")
+        self.B_k, self.B_v = (nn.Parameter(torch.zeros(d, rank)) for _ in "kv")  # zeros: ΔW = 0 before training
+
+    def forward(self, W):  # (3d, d)
+        r = len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
+        delta_k, delta_v = self.B_k @ self.A_k / r, self.B_v @ self.A_v / r  # (d, d)
+        return W + torch.cat([torch.zeros_like(delta_k), delta_k, delta_v])  # queries stay as they are
+
+
+def add_lora(model, rank=8):
+    """Add LoRA to the key and value projections of both encoders, in place, and freeze everything else (line 1).
+
+    model: a `clip.model.CLIP` with a ViT image encoder. The adapter is a parametrisation of `attn.in_proj_weight`:
+    CLIP's own code runs as it is, and the untouched weight stands in `attn.parametrizations.in_proj_weight.original`.
+    Returns [A_k, B_k, A_v, B_v] per block, image blocks first, then text; A (r, d) Xavier-uniform, B (d, r) zero.
+    """
+    model.requires_grad_(False)
+    lora = []
+    for block in chain(model.visual.transformer.resblocks, model.transformer.resblocks):
+        adapter = KeyValueLoRA(block.attn.embed_dim, rank).to(block.attn.in_proj_weight)
+        parametrize.register_parametrization(block.attn, "in_proj_weight", adapter)
+        lora += [adapter.A_k, adapter.B_k, adapter.A_v, adapter.B_v]
+    return lora
+
+
+# 3 CLIP features ------------------------------------------------------------------------------------------------------
+
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+
+
+def resize_and_crop(images, size):
+    """CLIP's bicubic resize and centre crop on a tensor, agreeing with Pillow: uint8 (N, 3, H, W) -> (N, 3, size, size)."""
+    height, width = images.shape[-2:]
+    if height == width == size:
+        return images
+    short = min(height, width)
+    h, w = (size if side == short else int(size * side / short) for side in (height, width))
+    for shape in ((height, w), (h, w)):  # as Pillow: one axis at a time, back to 8 bits after each
+        images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
+    return transforms.functional.center_crop(images, size)
+
+
+def encode_images(model, images):
+    """Image features: uint8 (N, 3, H, W) of any size -> (N, D) float32, unit norm, on the model's device.
+
+    Resize, crop and CLIP's normalisation happen here, with no augmentation. Gradients flow to the LoRA.
+    """
+    pixels = resize_and_crop(images.to(model.logit_scale.device), model.visual.input_resolution) / 255
+    pixels = transforms.functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
+    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+
+
+def encode_texts(model, tokens):
+    """Text features: int (K, 77) of `clip.tokenize` -> (K, D) float32, unit norm, on the model's device.
+
+    Attention is causal, so nothing behind the end-of-text token reaches the feature: all prompts are cut to the longest
+    one (about 12 of 77 tokens). CLIP's `encode_text` is written out because openai/CLIP's takes 77 tokens only.
+    """
+    tokens = tokens.to(model.logit_scale.device)
+    end = tokens.argmax(-1)  # the end-of-text token has the highest number
+    n = int(end.max()) + 1
+    x = model.token_embedding(tokens[:, :n]) + model.positional_embedding[:n]  # (K, n, d)
+    x = x.transpose(0, 1)  # CLIP's blocks take (n, K, d)
+    causal = torch.full((n, n), -math.inf, device=x.device).triu(1)
+    for block in model.transformer.resblocks:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=causal)[0]
+        x = x + block.mlp(block.ln_2(x))
+    x = x[end, torch.arange(len(tokens))]  # (K, d)
+    return F.normalize((model.ln_final(x) @ model.text_projection).float(), dim=-1)
+
+
+@torch.no_grad()
+def extract_features(model, images, batch_size=256, desc="image features"):
+    """`encode_images` in batches, without gradients: uint8 (N, 3, H, W) -> (N, D)."""
+    features = []
+    with progress(desc=desc, total=len(images)) as bar:
+        for batch in images.split(batch_size):
+            features.append(encode_images(model, batch))
+            bar.update(len(batch))
+    return torch.cat(features)
+
+
+# 4 Preserve the gap ---------------------------------------------------------------------------------------------------
+
+
+def mean_loss(losses, where):
+    """Mean of an epoch's losses (scalar tensors); raises FloatingPointError naming the first that is not finite."""
+    losses = torch.stack(losses).tolist()  # once an epoch: reading every step would stall a GPU
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{where}, step {step}: the loss is {loss}; a smaller learning rate may help")
+    return sum(losses) / len(losses)
+
+
+def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc):
+    """Train the LoRA on one task by the masked cross-entropy; a generator of each epoch's mean loss.
+
+    The loss is over the task's own classes: older ones are masked, so their prompts, without gradient, are not encoded.
+    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
+    """
+    labels = labels.to(model.logit_scale.device)
+    optimizer = torch.optim.Adam(lora, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
+    with progress(desc=desc, total=epochs * len(images)) as bar:
+        for epoch in range(1, epochs + 1):
+            losses = []
+            for batch in torch.randperm(len(images), generator=generator).split(batch_size):
+                cos = cosine(encode_images(model, images[batch]), encode_texts(model, tokens))  # (n, K)
+                loss = F.cross_entropy(model.logit_scale.exp() * cos, labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+                bar.update(len(batch))
+            schedule.step()
+            yield mean_loss(losses, f"{desc}, epoch {epoch}")
+
+
+def finetune(
+    model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, desc="fine-tuning"
+):
+    """Train the LoRA for `epochs` epochs on one task (line 7).
+
+    lora: what `add_lora` returned; the same one goes on from task to task. images: uint8 (N, 3, H, W);
+    labels (N,): int, rows of tokens (K, 77), both of the current task alone; generator: the CPU generator of the order.
+    Returns the mean loss of each epoch. Raises FloatingPointError, which names epoch and step, if one is not finite.
+    """
+    return list(train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc))
+
+
+@torch.no_grad()
+def measure_gap(model, images, labels, tokens):
+    """(pos, neg) of a model on images and prompts (Eq. 1, Eq. 2), always computed in float32."""
+    with torch.autocast(model.logit_scale.device.type, enabled=False):
+        return similarity_gap(extract_features(model, images, desc="gap"), encode_texts(model, tokens), labels)
+
+
+def find_epochs(
+    model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None, desc="search"
+):
+    """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
+
+    Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 for 10%. neg is over all images given.
+    Returns (E, history), history a list of dicts with epoch, pos, neg, delta, from epoch 0 to the crossing one.
+    Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
+    """
+    untrained = [p.detach().clone() for p in lora]
+    pos, neg_0 = measure_gap(model, images, labels, tokens)  # line 2
+    if not abs(neg_0) > 1e-3:
+        raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
+    history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
+    training = train_epochs(model, lora, images, labels, tokens, max_epochs, lr, batch_size, generator, desc)
+    try:
+        for e, _ in enumerate(training, 1):  # line 3
+            pos, neg = measure_gap(model, images, labels, tokens)
+            delta = abs(neg - neg_0) / abs(neg_0)  # Eq. 3
+            if not math.isfinite(delta):
+                raise FloatingPointError(f"{desc}, epoch {e}: neg is {neg}; a smaller learning rate may help")
+            history.append(dict(epoch=e, pos=pos, neg=neg, delta=delta))
+            if delta > alpha:
+                break  # line 4
+        E = max(1, *(h["epoch"] for h in history if h["delta"] <= alpha))  # line 5
+    finally:
+        with torch.no_grad():
+            for p, p_0 in zip(lora, untrained):
+                p.copy_(p_0)  # line 5
+    return E, history
+
+
+# 5 Compensate for the gap ---------------------------------------------------------------------------------------------
+
+
+def class_prototypes(features, labels):
+    """Mean of the unit-norm features (N, D) of each class in labels (N,), int in [0, K) -> (K, D) (authors' code)."""
+    return torch.stack([features[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+
+
+class CosineHead(nn.Module):
+    """Cosine classifier in the visual space: W_v of Eq. 5, one row a class. Features (N, D) -> cosines (N, K)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0, dim))  # W_v (K, D)
+        self.new = 0  # how many rows were added last
+
+    def add_classes(self, prototypes):
+        """Append one row per new class (line 8): prototypes (k, D)."""
+        self.weight = nn.Parameter(torch.cat([self.weight.detach(), prototypes.to(self.weight)]))
+        self.new = len(prototypes)
+
+    def forward(self, features):
+        return cosine(features, self.weight)  # no temperature (authors' code)
+
+
+def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator=None, desc="head"):
+    """Train the rows of the head added last by cross-entropy on image features (line 9); older rows stay as they are.
+
+    features (N, D): float32, computed once; labels (N,): int, indices into those rows.
+    Adam, raw cosines as logits, cosine schedule stepped per batch down to 1% of lr (authors' code).
+    Returns the mean loss of each epoch. Raises FloatingPointError as `finetune` does.
+    """
+    rows = head.weight[-head.new :].detach().clone().requires_grad_()  # (k, D)
+    labels = labels.to(rows.device)
+    optimizer = torch.optim.Adam([rows], lr)
+    steps = epochs * math.ceil(len(features) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=0.01 * lr)
+    history = []
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for batch in torch.randperm(len(features), generator=generator).split(batch_size):
+            loss = F.cross_entropy(cosine(features[batch], rows), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        history.append(mean_loss(losses, f"{desc}, epoch {epoch}"))
+    head.weight.data[-head.new :] = rows.detach()
+    return history
+
+
+def fused_scores(text_logits, visual_cosines, beta=4.0):
+    """f_clip(x, t) + beta * softmax(W_v x) (Eq. 5): text_logits (N, K), 100 * cos; visual_cosines (N, K) -> (N, K).
+
+    f_clip is a softmax of the class probabilities (authors' code). Both terms are then softmaxes of numbers in [-1, 1]
+    and weigh about alike; beside a single softmax, the head's nearly flat one over K classes would change almost nothing.
+    """
+    return text_logits.softmax(-1).softmax(-1) + beta * visual_cosines.softmax(-1)
+
+
+# 6 The algorithm ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, head, tests, tokens, beta):
+    """Accuracy in per cent over all classes seen so far (lines 10 and 11).
+
+    tests: an (images, labels) pair per task so far; tokens (K, 77): the prompts of all K classes seen.
+    Returns [Eq. 5, its text half alone, its visual half alone] over all images, and Eq. 5's accuracy on each task.
+    """
+    text_features = encode_texts(model, tokens)  # (K, D), once for all images
+    correct = []
+    for images, labels in tests:
+        features = extract_features(model, images, desc="test images")  # (N, D)
+        text_logits = model.logit_scale.exp() * cosine(features, text_features)  # (N, K)
+        visual_cosines = head(features)  # (N, K)
+        scores = fused_scores(text_logits, visual_cosines, beta)  # line 10
+        correct.append(torch.stack([s.argmax(1).cpu() == labels for s in (scores, text_logits, visual_cosines)]))
+    percent = lambda hits: 100 * hits.double().mean(-1)
+    return percent(torch.cat(correct, 1)).tolist(), [percent(c[0]).item() for c in correct]  # line 11
+
+
+def run(config):
+    """Algorithm 1: learn the tasks one after another. Returns the fields of the `end` event, and the run's folder.
+
+    Raises ValueError, OSError or FloatingPointError, with a message for the user, for whatever the user can cause.
+    """
+    config, model, tasks, prompts, log = prepare(config)
+    device = model.logit_scale.device
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator)
+    head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
+
+    lora = add_lora(model, config.rank)  # line 1
+    head = CosineHead(model.text_projection.shape[1]).to(device)
+    E, done = log.restore(lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
+    D_1 = next(tasks)
+    if E is None:
+        names, images, labels, _, _ = D_1
+        with autocast:
+            E, history = find_epochs(  # lines 2-5
+                model, lora, images, labels, prompts(names), config.alpha, config.max_epochs, **lora_options
+            )
+        log.search(E, history, config.alpha)
+
+    seen, tests = [], []
+    for t, (names, images, labels, test_images, test_labels) in enumerate(chain([D_1], tasks), 1):  # line 6
+        tests.append((test_images, test_labels + len(seen)))
+        seen += names
+        if t <= done:
+            continue
+        log.start(t)
+        with autocast:
+            finetune(model, lora, images, labels, prompts(names), E, **lora_options, desc=f"task {t}")  # line 7
+        features = extract_features(model, images)  # line 8: from here on f stands still; (N, D)
+        head.add_classes(class_prototypes(features, labels))  # line 8
+        fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
+        with autocast:
+            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
+        with torch.no_grad():
+            gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
+        encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
+        log.task(t, len(seen), accuracies, per_task, gap, encoded)
+        log.save(t, E, lora, head, generator)
+    return log.end(E, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
+
+
+# 7 Data ---------------------------------------------------------------------------------------------------------------
+
+CIFAR100_ORDER = [int(c) for c in """
+    87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57 83
+    17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 65 76 40
+    30 23 85 2 95 56 48 71 64 98 13 99 7 34 55 54 26 35 39""".split()]  # fmt: skip
+COMMON = dict(model="ViT-B/16", tasks=10, lr=1e-3, batch_size=128, head_lr=5e-4, head_batch_size=64)
+PRESETS = {  # what an option is that the command line leaves open
+    "patterns": COMMON | dict(model="tiny", tasks=8, lr=1e-2, batch_size=64),
+    "cifar100": COMMON,
+    "folder": COMMON,
+}
+OFFICIAL_ORDER = {"patterns": "1993", "cifar100": CIFAR100_ORDER, "folder": "natural"}
+
+
+def class_order(config, classes):
+    """The order in which the classes come: the data set's official one, as listed, or NumPy's permutation of a seed."""
+    order = OFFICIAL_ORDER[config.dataset] if config.class_order == "official" else config.class_order
+    if order == "natural":
+        order = range(classes)
+    elif isinstance(order, str):
+        order = np.random.RandomState(int(order)).permutation(classes)
+    return [int(c) for c in order]
+
+
+# A data set is (names, read): the name of every class, and read(split, classes, size) -> (images, labels): the images of
+# those classes, uint8 (N, 3, H, W), files resized and cropped to (size, size), and labels that count from 0 in `classes`.
+
+
+def load_cifar100(config):
+    """torchvision's CIFAR-100, downloaded into --data-root if it is not there: (names, read)."""
+    arrays = {}
+    for split in ("train", "test"):
+        try:
+            data = torchvision.datasets.CIFAR100(config.data_root, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            archive = torchvision.datasets.CIFAR100
+            raise ValueError(
+                f"CIFAR-100 is not complete in --data-root and cannot be downloaded ({error}): "
+                f"put {archive.filename} from {archive.url} into {Path(config.data_root).resolve()}"
+            ) from error
+        arrays[split] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    return data.classes, lambda split, classes, size: select(*arrays[split], classes)
+
+
+def select(images, labels, classes):
+    """The images of some classes, in the order of `classes`, labelled 0, 1, .. in that order."""
+    rows = [torch.nonzero(labels == c).flatten() for c in classes]
+    return images[torch.cat(rows)], torch.arange(len(rows)).repeat_interleave(torch.tensor([len(r) for r in rows]))
+
+
+def load_folder(config):
+    """ROOT/train/<class>/* and ROOT/test/<class>/* (or val/): (names, read)."""
+    root = Path(config.data_root)
+    train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    for folder, what in ((root, "folder"), (train, "train/"), (test, "test/ or val/")):
+        if not folder.is_dir():
+            raise ValueError(f"--data-root {root}: there is no {what}; expected {root}/train/CLASS/* and {root}/test/CLASS/*")
+    classes = sorted({d.name for split in (train, test) for d in split.iterdir() if d.is_dir() and d.name[0] != "."})
+    files = {"train": [], "test": []}
+    for split, folder in (("train", train), ("test", test)):
+        for c in classes:
+            if not (folder / c).is_dir():
+                raise ValueError(f"{folder}: there is no class {c}, which the other half of the data has")
+            files[split].append(sorted(f for f in (folder / c).iterdir() if f.is_file() and f.name[0] != "."))
+            if not files[split][-1]:
+                raise ValueError(f"{folder / c}: there is no image of this class")
+
+    def read(split, chosen, size):
+        paths = [files[split][c] for c in chosen]
+        labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(p) for p in paths]))
+        with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes and resizes
+            images = pool.map(partial(decode, size=size), chain(*paths))
+            return torch.stack(list(progress(images, desc=f"decoding {split}", total=len(labels)))), labels
+
+    return class_names(root, classes), read
+
+
+def decode(path, size):
+    """An image file, resized and centre-cropped exactly as CLIP's `preprocess` does it: uint8 (3, size, size)."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    try:
+        with Image.open(path) as image:
+            image = transforms.functional.center_crop(transforms.functional.resize(image, size, bicubic), size)
+            return transforms.functional.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def class_names(root, folders):
+    """Names for class folders: ROOT/classes.txt (or README.txt), ImageNet-1K's own for 1,000 synsets, or the folders'."""
+    for listing in (root / "classes.txt", root / "README.txt"):  # README.txt: ImageNet-R's
+        if listing.is_file():
+            lines = (line.split(maxsplit=1) for line in listing.read_text(errors="replace").splitlines())
+            names = {words[0]: words[1].strip() for words in lines if len(words) == 2}
+            missing = [f for f in folders if f not in names]
+            if not missing:
+                return [names[f] for f in folders]
+            if listing.name == "classes.txt":
+                raise ValueError(f"{listing}: there is no line '{missing[0]} NAME'; {len(missing)} classes lack one")
+    if len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
+        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]  # in the order of the sorted synsets
+    return folders
+
+
+def task_stream(names, read, groups, size, done=0):
+    """Yields a task at a time: (names, train_images, train_labels, test_images, test_labels), labels from 0 in the task.
+
+    groups: the classes of each task; done: for so many tasks the training images are not needed any more.
+    """
+    for t, classes in enumerate(groups):
+        train = read("train", classes, size) if t >= done else (None, None)
+        yield [names[c] for c in classes], *train, *read("test", classes, size)
+
+
+# 8 Results ------------------------------------------------------------------------------------------------------------
+
+
+def load_clip(name_or_path, device="cpu"):
+    """A CLIP with a ViT image encoder, in float32 and eval mode.
+
+    name_or_path: a name of `clip.available_models()`, downloaded if need be, or a file: one of OpenAI's TorchScript
+    archives, or a CLIP state dict. Raises ValueError if there is no such model, or it cannot be read or is no ViT.
+    """
+    named = name_or_path in clip.available_models()
+    if not named and not os.path.isfile(name_or_path):
+        known = ", ".join(name for name in clip.available_models() if name.startswith("ViT"))
+        raise ValueError(f"--model {name_or_path}: neither a file nor one of {known}")
+    scripted = zipfile.is_zipfile(name_or_path) and any("/code/" in n for n in zipfile.ZipFile(name_or_path).namelist())
+    vit_only = f"--model {name_or_path}: the image encoder is a ResNet, and the LoRA goes on the attention blocks of a ViT"
+    if named and name_or_path.startswith("RN"):
+        raise ValueError(vit_only)
+    try:
+        if named or scripted:
+            model, _ = clip.load(str(name_or_path), device="cpu")
+        else:
+            state = torch.load(name_or_path, map_location="cpu", weights_only=True)
+            model = clip.model.build_model(dict(state)).float()
+            model.load_state_dict({name: state[name] for name in model.state_dict()})  # build_model went through float16
+    except urllib.error.URLError as error:
+        path = clip_file(name_or_path)
+        raise ValueError(f"--model {name_or_path}: cannot be downloaded ({error.reason}): put {path.name} into {path.parent}")
+    except Exception as error:  # zip, pickle and shape errors alike
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {name_or_path}: cannot be read as a CLIP, or is cut short ({first})") from error
+    if not isinstance(model.visual, clip.model.VisionTransformer):
+        raise ValueError(vit_only)
+    return model.float().eval().to(device)
+
+
+def clip_file(name_or_path):
+    """Where the weights lie: the file itself, or where `clip.load` puts a named model."""
+    if name_or_path in clip.available_models():
+        return Path.home() / ".cache" / "clip" / clip.clip._MODELS[name_or_path].rsplit("/", 1)[1]
+    return Path(name_or_path)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_whole(path, write):
+    """Call write(temporary file), then move that to path: path holds the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Log:
+    """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its table on the terminal."""
+
+    def __init__(self, config, record):
+        self.folder, self.events, self.checkpoint, self.began = Path(config.out), [], None, time.perf_counter()
+        self.epochs = config.epochs
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if config.resume:
+                self.reopen(record)
+            elif (self.folder / "config.json").exists():
+                raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
+            else:
+                text = json.dumps(asdict(config) | record, indent=2) + "\n"
+                write_whole(self.folder / "config.json", lambda path: path.write_text(text))
+            lines = "".join(json.dumps(event) + "\n" for event in self.events)
+            write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
+        except OSError as error:
+            raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from error
+
+    def reopen(self, record):
+        """Read what a run that was cut off has left; raises ValueError if its model or class order was another."""
+        before = json.loads((self.folder / "config.json").read_text())
+        for name in ("model_sha256", "class_order_sha256"):
+            if before[name] != record[name]:
+                raise ValueError(f"--resume {self.folder}: {name} is not what the run began with")
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            try:
+                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # zip and pickle errors alike
+                raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
+            self.events, self.began = self.checkpoint["events"], self.began - self.checkpoint["seconds"]
+
+    @property
+    def done(self):
+        return self.checkpoint["task"] if self.checkpoint else 0
+
+    def restore(self, lora, head, generator):
+        """Bring back what the checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
+        if not self.checkpoint:
+            return self.epochs, 0
+        with torch.no_grad():
+            for p, saved in zip(lora, self.checkpoint["lora"]):
+                p.copy_(saved)
+        head.add_classes(self.checkpoint["head"])
+        generator.set_state(self.checkpoint["generator"])
+        return self.checkpoint["epochs"], self.done
+
+    def save(self, task, epochs, lora, head, generator):
+        """Replace checkpoint.pt."""
+        state = dict(task=task, epochs=epochs, lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu())
+        state |= dict(generator=generator.get_state(), events=self.events, seconds=time.perf_counter() - self.began)
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def write(self, event, **values):
+        self.events.append(dict(event=event, **values))
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.events[-1]) + "\n")
+
+    def search(self, E, history, alpha):
+        print("\nsearch on task 1   epoch     pos     neg       Δ")
+        for h in history:
+            self.write("search", **h)
+            print(f"{h['epoch']:24d} {h['pos']:7.4f} {h['neg']:7.4f} {h['delta']:7.4f}", flush=True)
+        self.write("epochs", epochs=E, alpha=alpha)
+
+    def start(self, t):
+        self.task_began = time.perf_counter()
+        if t == self.done + 1:
+            print("\ntask  classes     A_t    text  visual     pos     neg  seconds  images/s", flush=True)
+
+    def task(self, t, classes, accuracies, per_task, gap, encoded):
+        seconds = time.perf_counter() - self.task_began
+        names = ("accuracy", "text_accuracy", "visual_accuracy", "pos", "neg", "seconds", "images_per_second")
+        values = (*accuracies, *gap, seconds, encoded / seconds)
+        self.write("task", task=t, classes_seen=classes, per_task=per_task, **dict(zip(names, values)))
+        print("{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:8.1f} {:9.0f}".format(t, classes, *values), flush=True)
+
+    def end(self, epochs, trainable_parameters):
+        tasks = [e for e in self.events if e["event"] == "task"]
+        accuracy, per_task = [e["accuracy"] for e in tasks], [e["per_task"] for e in tasks]
+        best = [max(row[j] for row in per_task[j:]) for j in range(len(tasks))]
+        lost = [b - now for b, now in zip(best[:-1], per_task[-1])]  # the last task cannot be forgotten yet
+        result = dict(
+            accuracy=accuracy,
+            avg=sum(accuracy) / len(accuracy),
+            last=accuracy[-1],
+            forgetting=sum(lost) / max(len(lost), 1),
+            epochs=epochs,
+            trainable_parameters=trainable_parameters,
+            seconds=time.perf_counter() - self.began,
+        )
+        self.write("end", **result)
+        print(
+            f"\nAvg {result['avg']:.2f}   Last {result['last']:.2f}   forgetting {result['forgetting']:.2f}   E = {epochs}   "
+            f"{trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}"
+        )
+        return result | dict(folder=str(self.folder))
+
+
+# 9 Demo ---------------------------------------------------------------------------------------------------------------
+
+COLOURS = dict(
+    red=(220, 40, 40), orange=(240, 140, 30), yellow=(235, 220, 50), green=(50, 170, 70),
+    blue=(50, 90, 220), purple=(140, 60, 190), pink=(245, 150, 190), brown=(120, 75, 40),
+)  # fmt: skip
+TEXTURES = ("stripes", "bands", "diagonals", "checks", "dots", "plain", "gradient", "grid")
+PATTERNS = [f"{colour} {texture}" for colour in COLOURS for texture in TEXTURES]
+CLEAN = dict(brightness=0.0, hue=10, background=(235, 250), tint=0, noise=5)
+SHIFTED = dict(brightness=0.3, hue=20, background=(140, 220), tint=10, noise=40)  # what CLIP has not seen
+TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "a pattern of {}.", "{}.")
+
+
+def draw_patterns(labels, style, generator):
+    """32 x 32 pictures of the classes (N,) of PATTERNS, with random phase and frequency: uint8 (N, 3, 32, 32)."""
+    uniform = lambda *shape: torch.rand(len(labels), *shape, generator=generator)
+    normal = lambda *shape: torch.randn(len(labels), *shape, generator=generator)
+    y, x = torch.meshgrid(torch.arange(32) / 32, torch.arange(32) / 32, indexing="ij")
+    frequency = 2 + 3 * uniform(1, 1)
+    u = 2 * math.pi * (frequency * x + uniform(1, 1))  # (N, 32, 32)
+    v = 2 * math.pi * (frequency * y + uniform(1, 1))
+    ramp = torch.where(uniform(1, 1) < 0.5, x, 1 - x)
+    masks = (
+        u.sin() > 0, v.sin() > 0, (u + v).sin() > 0, u.sin() * v.sin() > 0,
+        u.cos() + v.cos() > 0.6, torch.ones_like(u), ramp, (u.cos() > 0.7) | (v.cos() > 0.7),
+    )  # fmt: skip
+    mask = torch.stack([m.float() for m in masks], 1)[torch.arange(len(labels)), labels % 8][:, None]  # (N, 1, 32, 32)
+    colour = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[labels // 8]  # (N, 3)
+    colour = colour * (1 + style["brightness"] * (2 * uniform(1) - 1)) + style["hue"] * normal(3)
+    low, high = style["background"]
+    background = low + (high - low) * uniform(1) + style["tint"] * normal(3)
+    pictures = mask * colour[..., None, None] + (1 - mask) * background[..., None, None]
+    return (pictures + style["noise"] * normal(3, 32, 32)).clamp(0, 255).to(torch.uint8)
+
+
+def load_patterns(config):
+    """The demo's 64 classes, 8 colours x 8 textures in the shifted style, 80 training and 25 test pictures each."""
+    generator = torch.Generator().manual_seed(1)
+    labels = {split: torch.arange(64).repeat_interleave(n) for split, n in (("train", 80), ("test", 25))}
+    data = {split: (draw_patterns(classes, SHIFTED, generator), classes) for split, classes in labels.items()}
+    return PATTERNS, lambda split, classes, size: select(*data[split], classes)
+
+
+def pretrain_tiny(steps=300, per_class=2, lr=4e-3):
+    """A CLIP of 2-layer, width-64 towers, pre-trained on the clean style by the symmetric contrastive loss."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = clip.model.CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).eval()
+    generator = torch.Generator().manual_seed(0)
+    model.token_embedding.requires_grad_(False)  # random words do as well, and save a fifth of the time
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    tokens = torch.stack([clip.tokenize([template.format(name) for name in PATTERNS]) for template in TEMPLATES])
+    labels = torch.arange(64).repeat(per_class)
+    for step in progress(range(steps), desc="pre-training the tiny CLIP", unit=" steps"):
+        templates = torch.randint(len(TEMPLATES), (64,), generator=generator)
+        image_features = encode_images(model, draw_patterns(labels, CLEAN, generator))
+        text_features = encode_texts(model, tokens[templates, torch.arange(64)])
+        scale = 14 * (70 / 14) ** min(step / (0.9 * steps), 1)  # rising slowly, it spreads the classes: neg ends low
+        logits = scale * image_features @ text_features.T  # (N, 64)
+        loss = F.cross_entropy(logits, labels) - logits.log_softmax(0).gather(1, labels[:, None]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.logit_scale.data.fill_(math.log(100))  # CLIP's own
+    return model
+
+
+def tiny_clip():
+    """Path of the tiny CLIP in the cache folder of `clip`; pre-trains it first if it is not there."""
+    code = inspect.getsource(draw_patterns) + inspect.getsource(pretrain_tiny)
+    recipe = sha256(repr((code, COLOURS, TEXTURES, CLEAN, TEMPLATES)).encode())
+    path = Path.home() / ".cache" / "clip" / f"mgclip-tiny-{recipe[:12]}.pt"
+    if not path.exists():
+        print(f"pre-training the demo's tiny CLIP, once: {path}", flush=True)
+        state = pretrain_tiny().state_dict()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, partial(torch.save, state))
+    return str(path)
+
+
+# 10 Command line ------------------------------------------------------------------------------------------------------
+
+SOURCES = {"patterns": load_patterns, "cifar100": load_cifar100, "folder": load_folder}
+
+
+def option(default, group, help, **more):
+    return field(default=default, metadata=dict(group=group, help=help, **more))
+
+
+@dataclass
+class Config:
+    """The options of a run, checked by `settle`; what is None there gets its value from PRESETS or from the machine."""
+
+    dataset: str = option("patterns", "data", "the data set", choices=list(PRESETS))
+    data_root: str = option("data", "data", "folder of the data; CIFAR-100 is downloaded there")
+    tasks: int = option(None, "data", "number of tasks, as even as can be", low=1)
+    class_order: str = option("official", "data", "official, natural (as listed), or the seed of a NumPy permutation")
+    model: str = option(None, "model", "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
+    rank: int = option(8, "model", "LoRA rank r", low=1)
+    template: str = option("a good photo of a {}.", "model", "prompt; {} is the class name")
+    alpha: float = option(0.1, "method", "largest relative change of the mean negative similarity, Eq. 3", low=0)
+    beta: float = option(4.0, "method", "weight of the visual classifier, Eq. 5", low=0)
+    epochs: int = option(None, "method", "fix E and skip the search; 0 is zero-shot CLIP", otherwise="searched", low=0)
+    max_epochs: int = option(10, "method", "longest search, in epochs", low=1)
+    lr: float = option(None, "method", "learning rate of the LoRA", low=1e-12)
+    batch_size: int = option(None, "method", "images a step of the LoRA", low=1)
+    head_epochs: int = option(3, "method", "epochs of the visual classifier on each task", low=0)
+    head_lr: float = option(None, "method", "learning rate of the visual classifier", low=1e-12)
+    head_batch_size: int = option(None, "method", "images a step of the visual classifier", low=1)
+    seed: int = option(0, "running", "seed of the LoRA's first values and of the order of the images", low=0)
+    device: str = option(None, "running", "device of torch", otherwise="cuda if there is one, else cpu")
+    precision: str = option(None, "running", "of the encoders", choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")
+    compile: bool = option(False, "running", "torch.compile the image encoder")
+    workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
+    out: str = option(None, "running", "the run's folder", otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")
+    resume: str = option(None, "running", "folder of a run that was cut off, to go on with it as it began", otherwise="none")
+
+
+def settle(config):
+    """The options as they will run: checked, and none left open but `epochs`. Raises ValueError that names the option."""
+    if config.resume:
+        path = Path(config.resume) / "config.json"
+        try:
+            stored = json.loads(path.read_text())
+            config = Config(**{f.name: stored[f.name] for f in fields(Config)} | dict(out=config.resume, resume=config.resume))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"--resume {config.resume}: {path} is not the record of a run ({error})") from error
+    elif config.dataset in PRESETS:
+        config = replace(config, **{k: v for k, v in PRESETS[config.dataset].items() if getattr(config, k) is None})
+    for f in fields(config):
+        value, name, low = getattr(config, f.name), f.name.replace("_", "-"), f.metadata.get("low")
+        if value is not None and value not in f.metadata.get("choices", [value]):
+            raise ValueError(f"--{name} {value}: must be one of {', '.join(f.metadata['choices'])}")
+        if value is not None and low is not None and not (math.isfinite(value) and value >= low):
+            raise ValueError(f"--{name} {value}: must be {'at least ' + str(low) if low != 1e-12 else 'greater than 0'}")
+    if not (config.class_order in ("official", "natural") or re.fullmatch(r"\d{1,9}", config.class_order)):
+        raise ValueError(f"--class-order {config.class_order}: must be official, natural or the seed of a permutation")
+    if config.template.count("{}") != 1:
+        raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
+    precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+    base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
+    free = (out for out in chain([base], (f"{base}-{n}" for n in count(2))) if not Path(out).exists())
+    workers = config.workers or os.cpu_count() or 1
+    return replace(config, device=device, precision=precision, workers=workers, out=config.out or next(free))
+
+
+def prepare(config):
+    """All that a run needs, checked before anything is computed: (config, model, tasks, prompts, log)."""
+    config = settle(config)
+    names, read = SOURCES[config.dataset](config)
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
+    if twice:
+        raise ValueError(f"--data-root {config.data_root}: two classes have one name, {twice[0]}: no prompt can tell them apart")
+    order = class_order(config, len(names))
+    if len(names) < 2 * config.tasks:
+        raise ValueError(f"--tasks {config.tasks}: {len(names)} classes are too few; Eq. 2 needs two classes in every task")
+
+    def prompts(names):
+        try:
+            return clip.tokenize([config.template.replace("{}", name) for name in names])
+        except RuntimeError as error:  # longer than 77 tokens
+            raise ValueError(f"--template: {error}") from error
+
+    prompts(names)
+    weights = tiny_clip() if config.model == "tiny" else config.model
+    model = load_clip(weights, config.device)
+    if config.compile:
+        model.visual.compile()
+    record = dict(
+        versions=dict(python=platform.python_version(), torch=torch.__version__, clip=clip_version()),
+        model_sha256=sha256(clip_file(weights).read_bytes()),
+        class_order_sha256=sha256(json.dumps(order).encode()),
+    )
+    log = Log(config, record)
+    print(
+        f"{config.dataset}: {len(names)} classes in {config.tasks} tasks; {config.model} in {config.precision} on "
+        f"{config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
+    )
+    groups = np.array_split(order, config.tasks)
+    return config, model, task_stream(names, read, groups, model.visual.input_resolution, log.done), prompts, log
+
+
+def clip_version():
+    """The installed distribution of `clip`: OpenAI's own is called clip, PyPI's clip-anytorch."""
+    for name in ("clip-anytorch", "clip"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            pass
+    return "unknown"
+
+
+def parse(argv):
+    """The options given on the command line, and no others."""
+    parser = argparse.ArgumentParser(
+        prog="mgclip.py",
+        usage="python %(prog)s [options]",
+        description="MG-CLIP: class-incremental learning with CLIP that preserves and compensates for the modality gap.",
+        epilog="The paper's baselines: zero-shot --epochs 0 --beta 0; naive fine-tuning --epochs 10 --beta 0; "
+        "compensation alone --epochs 10; preservation alone --beta 0. Exit status: 0 done, 2 bad input, 130 interrupted.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {}
+    for f in fields(Config):
+        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        default = f.metadata.get("otherwise", f.default)
+        if f.name in COMMON:
+            special = (f"; {name}: {preset[f.name]}" for name, preset in PRESETS.items() if preset[f.name] != COMMON[f.name])
+            default = f"{COMMON[f.name]}{''.join(special)}"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata.get("choices"))
+        if f.type is not bool and "choices" not in f.metadata:
+            kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[f.type]
+        text = f.metadata["help"] if f.type is bool else f"{f.metadata['help']} (default: {default})"
+        group.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    options = vars(parser.parse_args(argv))
+    if "resume" in options and len(options) > 1:
+        parser.error("--resume goes on with the options that the run began with: give no others")
+    return options
+
+
+def main(argv=None):
+    """The command line: returns the exit status."""
+    out = None
+    try:
+        config = settle(Config(**parse(argv)))
+        out = Path(config.out)
+        run(config)
+    except KeyboardInterrupt:
+        resume = f"; to go on: python mgclip.py --resume {out}" if out and (out / "config.json").exists() else ""
+        print(f"\nmgclip: interrupted{resume}", file=sys.stderr)
+        return 130
+    except (ValueError, ArithmeticError, OSError) as error:
+        print(f"mgclip: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --batch-size may help.", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
