@@ -139,13 +139,13 @@ PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 
 def resize_and_crop(images, size):
-    """CLIP's bicubic resize and centre crop on a tensor, agreeing with Pillow: uint8 (N, 3, H, W) -> (N, 3, size, size)."""
+    """CLIP's bicubic resize and centre crop on a tensor, as Pillow does it: (N, 3, H, W) -> (N, 3, size, size)."""
     height, width = images.shape[-2:]
     if height == width == size:
         return images
     short = min(height, width)
     h, w = (size if side == short else int(size * side / short) for side in (height, width))
-    for shape in ((height, w), (h, w)):  # as Pillow: one axis at a time, back to 8 bits after each
+    for shape in ((height, w), (h, w)):  # as Pillow: width, then height, to 8 bits after each
         images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
     return transforms.functional.center_crop(images, size)
 
@@ -227,9 +227,7 @@ def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, ge
             yield mean_loss(losses, f"{desc}, epoch {epoch}")
 
 
-def finetune(
-    model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, desc="fine-tuning"
-):
+def finetune(model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, desc="finetune"):
     """Train the LoRA for `epochs` epochs on one task (line 7).
 
     lora: what `add_lora` returned; the same one goes on from task to task. images: uint8 (N, 3, H, W);
@@ -247,7 +245,7 @@ def measure_gap(model, images, labels, tokens):
 
 
 def find_epochs(
-    model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None, desc="search"
+    model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None
 ):
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
@@ -260,13 +258,13 @@ def find_epochs(
     if not abs(neg_0) > 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
-    training = train_epochs(model, lora, images, labels, tokens, max_epochs, lr, batch_size, generator, desc)
+    training = train_epochs(model, lora, images, labels, tokens, max_epochs, lr, batch_size, generator, "search")
     try:
         for e, _ in enumerate(training, 1):  # line 3
             pos, neg = measure_gap(model, images, labels, tokens)
             delta = abs(neg - neg_0) / abs(neg_0)  # Eq. 3
             if not math.isfinite(delta):
-                raise FloatingPointError(f"{desc}, epoch {e}: neg is {neg}; a smaller learning rate may help")
+                raise FloatingPointError(f"search, epoch {e}: neg is {neg}; a smaller learning rate may help")
             history.append(dict(epoch=e, pos=pos, neg=neg, delta=delta))
             if delta > alpha:
                 break  # line 4
@@ -333,8 +331,8 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
 def fused_scores(text_logits, visual_cosines, beta=4.0):
     """f_clip(x, t) + beta * softmax(W_v x) (Eq. 5): text_logits (N, K), 100 * cos; visual_cosines (N, K) -> (N, K).
 
-    f_clip is a softmax of the class probabilities (authors' code). Both terms are then softmaxes of numbers in [-1, 1]
-    and weigh about alike; beside a single softmax, the head's nearly flat one over K classes would change almost nothing.
+    f_clip is a softmax of the class probabilities (authors' code): both terms are then softmaxes of numbers in [-1, 1]
+    and weigh about alike. Beside a single softmax, the head's, nearly flat over K classes, would change almost nothing.
     """
     return text_logits.softmax(-1).softmax(-1) + beta * visual_cosines.softmax(-1)
 
@@ -380,8 +378,8 @@ def run(config):
     D_1 = next(tasks)
     if E is None:
         names, images, labels, _, _ = D_1
-        with autocast:
-            E, history = find_epochs(  # lines 2-5
+        with autocast:  # lines 2-5
+            E, history = find_epochs(
                 model, lora, images, labels, prompts(names), config.alpha, config.max_epochs, **lora_options
             )
         log.search(E, history, config.alpha)
@@ -424,7 +422,7 @@ OFFICIAL_ORDER = {"patterns": "1993", "cifar100": CIFAR100_ORDER, "folder": "nat
 
 
 def class_order(config, classes):
-    """The order in which the classes come: the data set's official one, as listed, or NumPy's permutation of a seed."""
+    """The order of the classes: the data set's official one, natural (as listed), or NumPy's permutation of a seed."""
     order = OFFICIAL_ORDER[config.dataset] if config.class_order == "official" else config.class_order
     if order == "natural":
         order = range(classes)
@@ -463,18 +461,18 @@ def load_folder(config):
     """ROOT/train/<class>/* and ROOT/test/<class>/* (or val/): (names, read)."""
     root = Path(config.data_root)
     train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
-    for folder, what in ((root, "folder"), (train, "train/"), (test, "test/ or val/")):
+    for folder, what in ((root, "such folder"), (train, "train/ in it"), (test, "test/ or val/ in it")):
         if not folder.is_dir():
-            raise ValueError(f"--data-root {root}: there is no {what}; expected {root}/train/CLASS/* and {root}/test/CLASS/*")
-    classes = sorted({d.name for split in (train, test) for d in split.iterdir() if d.is_dir() and d.name[0] != "."})
+            raise ValueError(f"--data-root {root}: there is no {what}; needed: train/CLASS/* and test/CLASS/*")
+    classes = sorted({d.name for half in (train, test) for d in half.iterdir() if d.is_dir() and d.name[0] != "."})
     files = {"train": [], "test": []}
-    for split, folder in (("train", train), ("test", test)):
+    for split, half in (("train", train), ("test", test)):
         for c in classes:
-            if not (folder / c).is_dir():
-                raise ValueError(f"{folder}: there is no class {c}, which the other half of the data has")
-            files[split].append(sorted(f for f in (folder / c).iterdir() if f.is_file() and f.name[0] != "."))
+            if not (half / c).is_dir():
+                raise ValueError(f"{half}: there is no class {c}, which the other half of the data has")
+            files[split].append(sorted(f for f in (half / c).iterdir() if f.is_file() and f.name[0] != "."))
             if not files[split][-1]:
-                raise ValueError(f"{folder / c}: there is no image of this class")
+                raise ValueError(f"{half / c}: there is no image of this class")
 
     def read(split, chosen, size):
         paths = [files[split][c] for c in chosen]
@@ -498,8 +496,8 @@ def decode(path, size):
 
 
 def class_names(root, folders):
-    """Names for class folders: ROOT/classes.txt (or README.txt), ImageNet-1K's own for 1,000 synsets, or the folders'."""
-    for listing in (root / "classes.txt", root / "README.txt"):  # README.txt: ImageNet-R's
+    """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its 1,000 synsets, or the folders'."""
+    for listing in (root / "classes.txt", root / "README.txt"):  # ImageNet-R brings the latter
         if listing.is_file():
             lines = (line.split(maxsplit=1) for line in listing.read_text(errors="replace").splitlines())
             names = {words[0]: words[1].strip() for words in lines if len(words) == 2}
@@ -536,29 +534,34 @@ def load_clip(name_or_path, device="cpu"):
     if not named and not os.path.isfile(name_or_path):
         known = ", ".join(name for name in clip.available_models() if name.startswith("ViT"))
         raise ValueError(f"--model {name_or_path}: neither a file nor one of {known}")
-    scripted = zipfile.is_zipfile(name_or_path) and any("/code/" in n for n in zipfile.ZipFile(name_or_path).namelist())
-    vit_only = f"--model {name_or_path}: the image encoder is a ResNet, and the LoRA goes on the attention blocks of a ViT"
+    resnet = ValueError(f"--model {name_or_path}: a ResNet encodes its images; the LoRA needs the attention of a ViT")
     if named and name_or_path.startswith("RN"):
-        raise ValueError(vit_only)
+        raise resnet
     try:
-        if named or scripted:
+        if named or is_torchscript(name_or_path):
             model, _ = clip.load(str(name_or_path), device="cpu")
-        else:
+        else:  # clip.load of openai/CLIP cannot read a state dict
             state = torch.load(name_or_path, map_location="cpu", weights_only=True)
             model = clip.model.build_model(dict(state)).float()
-            model.load_state_dict({name: state[name] for name in model.state_dict()})  # build_model went through float16
+            model.load_state_dict({name: state[name] for name in model.state_dict()})  # again: it had rounded to float16
     except urllib.error.URLError as error:
-        path = clip_file(name_or_path)
-        raise ValueError(f"--model {name_or_path}: cannot be downloaded ({error.reason}): put {path.name} into {path.parent}")
+        path = weights_file(name_or_path)
+        raise ValueError(
+            f"--model {name_or_path}: cannot be downloaded ({error.reason}): put {path.name} into {path.parent}"
+        ) from error
     except Exception as error:  # zip, pickle and shape errors alike
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--model {name_or_path}: cannot be read as a CLIP, or is cut short ({first})") from error
     if not isinstance(model.visual, clip.model.VisionTransformer):
-        raise ValueError(vit_only)
+        raise resnet
     return model.float().eval().to(device)
 
 
-def clip_file(name_or_path):
+def is_torchscript(path):
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
+def weights_file(name_or_path):
     """Where the weights lie: the file itself, or where `clip.load` puts a named model."""
     if name_or_path in clip.available_models():
         return Path.home() / ".cache" / "clip" / clip.clip._MODELS[name_or_path].rsplit("/", 1)[1]
@@ -656,7 +659,8 @@ class Log:
         names = ("accuracy", "text_accuracy", "visual_accuracy", "pos", "neg", "seconds", "images_per_second")
         values = (*accuracies, *gap, seconds, encoded / seconds)
         self.write("task", task=t, classes_seen=classes, per_task=per_task, **dict(zip(names, values)))
-        print("{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:8.1f} {:9.0f}".format(t, classes, *values), flush=True)
+        row = "{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:8.1f} {:9.0f}"
+        print(row.format(t, classes, *values), flush=True)
 
     def end(self, epochs, trainable_parameters):
         tasks = [e for e in self.events if e["event"] == "task"]
@@ -674,8 +678,8 @@ class Log:
         )
         self.write("end", **result)
         print(
-            f"\nAvg {result['avg']:.2f}   Last {result['last']:.2f}   forgetting {result['forgetting']:.2f}   E = {epochs}   "
-            f"{trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}"
+            f"\nAvg {result['avg']:.2f}   Last {result['last']:.2f}   forgetting {result['forgetting']:.2f}   "
+            f"E = {epochs}   {trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}"
         )
         return result | dict(folder=str(self.folder))
 
@@ -690,7 +694,7 @@ TEXTURES = ("stripes", "bands", "diagonals", "checks", "dots", "plain", "gradien
 PATTERNS = [f"{colour} {texture}" for colour in COLOURS for texture in TEXTURES]
 CLEAN = dict(brightness=0.0, hue=10, background=(235, 250), tint=0, noise=5)
 SHIFTED = dict(brightness=0.3, hue=20, background=(140, 220), tint=10, noise=40)  # what CLIP has not seen
-TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "a pattern of {}.", "{}.")
+TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "{}.")
 
 
 def draw_patterns(labels, style, generator):
@@ -793,20 +797,22 @@ class Config:
     head_batch_size: int = option(None, "method", "images a step of the visual classifier", low=1)
     seed: int = option(0, "running", "seed of the LoRA's first values and of the order of the images", low=0)
     device: str = option(None, "running", "device of torch", otherwise="cuda if there is one, else cpu")
-    precision: str = option(None, "running", "of the encoders", choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")
+    precision: str = option(None, "running", "of training and scoring; the gap is always fp32", choices=["fp32", "bf16"],
+                            otherwise="bf16 on cuda, else fp32")  # fmt: skip
     compile: bool = option(False, "running", "torch.compile the image encoder")
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
-    out: str = option(None, "running", "the run's folder", otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")
-    resume: str = option(None, "running", "folder of a run that was cut off, to go on with it as it began", otherwise="none")
+    out: str = option(None, "running", "the run's folder",
+                      otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")  # fmt: skip
+    resume: str = option(None, "running", "folder of a run that was cut off, to go on with it", otherwise="none")
 
 
 def settle(config):
-    """The options as they will run: checked, and none left open but `epochs`. Raises ValueError that names the option."""
+    """The options as they will run: checked, none left open but `epochs`. Raises ValueError that names the option."""
     if config.resume:
         path = Path(config.resume) / "config.json"
         try:
-            stored = json.loads(path.read_text())
-            config = Config(**{f.name: stored[f.name] for f in fields(Config)} | dict(out=config.resume, resume=config.resume))
+            stored = json.loads(path.read_text()) | dict(out=config.resume, resume=config.resume)
+            config = Config(**{f.name: stored[f.name] for f in fields(Config)})
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"--resume {config.resume}: {path} is not the record of a run ({error})") from error
     elif config.dataset in PRESETS:
@@ -816,7 +822,7 @@ def settle(config):
         if value is not None and value not in f.metadata.get("choices", [value]):
             raise ValueError(f"--{name} {value}: must be one of {', '.join(f.metadata['choices'])}")
         if value is not None and low is not None and not (math.isfinite(value) and value >= low):
-            raise ValueError(f"--{name} {value}: must be {'at least ' + str(low) if low != 1e-12 else 'greater than 0'}")
+            raise ValueError(f"--{name} {value}: must be a number of at least {low}")
     if not (config.class_order in ("official", "natural") or re.fullmatch(r"\d{1,9}", config.class_order)):
         raise ValueError(f"--class-order {config.class_order}: must be official, natural or the seed of a permutation")
     if config.template.count("{}") != 1:
@@ -839,7 +845,7 @@ def prepare(config):
     names, read = SOURCES[config.dataset](config)
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise ValueError(f"--data-root {config.data_root}: two classes have one name, {twice[0]}: no prompt can tell them apart")
+        raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
     order = class_order(config, len(names))
     if len(names) < 2 * config.tasks:
         raise ValueError(f"--tasks {config.tasks}: {len(names)} classes are too few; Eq. 2 needs two classes in every task")
@@ -857,7 +863,7 @@ def prepare(config):
         model.visual.compile()
     record = dict(
         versions=dict(python=platform.python_version(), torch=torch.__version__, clip=clip_version()),
-        model_sha256=sha256(clip_file(weights).read_bytes()),
+        model_sha256=sha256(weights_file(weights).read_bytes()),
         class_order_sha256=sha256(json.dumps(order).encode()),
     )
     log = Log(config, record)
@@ -896,8 +902,8 @@ def parse(argv):
         groups[f.metadata["group"]] = group
         default = f.metadata.get("otherwise", f.default)
         if f.name in COMMON:
-            special = (f"; {name}: {preset[f.name]}" for name, preset in PRESETS.items() if preset[f.name] != COMMON[f.name])
-            default = f"{COMMON[f.name]}{''.join(special)}"
+            special = {name: preset[f.name] for name, preset in PRESETS.items() if preset[f.name] != COMMON[f.name]}
+            default = "".join([str(COMMON[f.name]), *(f"; {name}: {value}" for name, value in special.items())])
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata.get("choices"))
         if f.type is not bool and "choices" not in f.metadata:
             kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[f.type]

@@ -1,0 +1,908 @@
+"""Claims about MG-CLIP, each tested on tiny models and made-up data: `pytest -q` runs them without any download."""
+
+import copy
+import io
+import json
+import math
+import pickle
+import re
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import mgclip
+from mgclip import (
+    CIFAR100_ORDER,
+    Config,
+    CosineHead,
+    add_lora,
+    class_prototypes,
+    clip,
+    encode_images,
+    encode_texts,
+    extract_features,
+    find_epochs,
+    finetune,
+    fit_head,
+    fused_scores,
+    load_clip,
+    main,
+    run,
+    similarity_gap,
+)
+
+# Golden figures -------------------------------------------------------------------------------------------------------
+# Computed by the authors' published code on a tiny CLIP with made-up weights, which `golden_inputs` builds again.
+# Every batch is the whole set, so nothing depends on the order of the data.
+
+GOLDEN = {
+    "search": {
+        "neg": [0.093181, 0.091218, 0.087475, 0.084117, 0.083058, 0.083511, 0.084385, 0.085041, 0.085356, 0.085450, 0.085462],
+        "delta": [0.000000, 0.021066, 0.061241, 0.097270, 0.108637, 0.103778, 0.094402, 0.087361, 0.083981, 0.082967, 0.082841],
+        "epochs": {0.005: 1, 0.01: 1, 0.02: 1, 0.05: 1, 0.1: 3, 0.2: 10},
+    },
+    "tasks": [
+        {
+            "pos_neg": [
+                [0.085515, 0.093181],
+                [0.086409, 0.091218],
+                [0.085946, 0.088401],
+                [0.085636, 0.087277],
+            ],
+            "loss": [3.608309, 3.011576, 2.480627],
+            "head_loss": [1.024160, 0.958018, 0.923535],
+            "fused": [
+                [1.963638, 1.346240, 1.690122],
+                [1.987772, 1.308647, 1.703580],
+                [1.439825, 1.903353, 1.656822],
+            ],
+            "pred": [0, 0, 1, 2, 2, 2, 0],
+            "text_pred": [0, 2, 2, 2, 2, 2, 2],
+            "image_feature": [-0.089246, -0.005241, -0.149934, 0.030076, -0.173014, 0.172288],
+            "text_feature": [-0.099303, 0.213690, -0.012346, -0.009827, -0.133944, 0.092457],
+            "head_weight": [
+                [-0.004818, -0.075453, -0.019899],
+                [-0.103264, -0.073039, 0.028982],
+                [0.015638, 0.135655, -0.238356],
+            ],
+        },
+        {
+            "pos_neg": [
+                [0.103905, 0.091144],
+                [0.096750, 0.084189],
+                [0.091229, 0.077715],
+                [0.089690, 0.075733],
+            ],
+            "loss": [1.089577, 0.961833, 0.864242],
+            "head_loss": [1.059178, 1.006861, 0.978392],
+            "fused": [
+                [0.942788, 0.687081, 0.820584, 0.787781, 0.881761, 0.880003],
+                [0.961115, 0.671102, 0.823673, 0.819524, 0.910008, 0.814579],
+                [0.710037, 0.955734, 0.765383, 0.678038, 0.827532, 1.063276],
+            ],
+            "pred": [0, 0, 5, 2, 3, 4, 5],
+            "text_pred": [5, 4, 5, 4, 4, 4, 5],
+            "image_feature": [-0.096904, -0.005823, -0.149683, 0.035602, -0.165402, 0.174020],
+            "text_feature": [-0.101364, 0.215576, -0.014770, -0.019719, -0.119590, 0.076283],
+            "head_weight": [
+                [-0.004818, -0.075453, -0.019899],
+                [-0.103264, -0.073039, 0.028982],
+                [0.015638, 0.135655, -0.238356],
+                [-0.207922, -0.094444, -0.033498],
+                [0.027705, -0.095560, 0.014465],
+                [-0.122553, 0.085614, 0.018341],
+            ],
+        },
+    ],
+}  # fmt: skip
+
+
+def made_up_clip(seed=0):
+    """A CLIP of 2-layer, width-64 towers for 32 x 32 pixels, its weights drawn with NumPy in the order of their names."""
+    model, rs, state = clip.model.CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).eval(), np.random.RandomState(seed), {}
+    for name, weight in sorted(model.state_dict().items()):
+        if name == "logit_scale":
+            state[name] = torch.tensor(math.log(100))
+            continue
+        draw = rs.standard_normal(tuple(weight.shape))
+        if "ln_" in name and name.endswith("weight"):
+            draw = 1 + 0.1 * draw
+        elif name.endswith("bias"):
+            draw = 0.02 * draw
+        elif "embedding" in name:
+            draw = 0.05 * draw
+        else:
+            draw = draw * (draw.shape[-1] ** -0.5 if draw.ndim >= 2 else 0.05)
+        state[name] = torch.tensor(draw, dtype=torch.float32)
+    model.load_state_dict(state)
+    return model
+
+
+NAMES = ("apple", "bicycle", "castle", "dolphin", "elephant", "forest")
+
+
+def tokens_of(names):
+    return clip.tokenize([f"a good photo of a {name}." for name in names])
+
+
+def order(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def golden_inputs(seed=0):
+    """A tiny CLIP with rank-4 LoRA, its LoRA parameters, 48 images of six classes in two tasks, labels, tokens."""
+    model = made_up_clip(seed)
+    rs = np.random.RandomState(seed + 1)
+    lora = add_lora(model, rank=4)
+    for A in lora[::2]:  # A_k and A_v of every block; B stays zero
+        A.data = torch.tensor(rs.standard_normal((4, 64)) * 0.2, dtype=torch.float32)
+    proto = rs.randint(0, 256, (6, 3, 32, 32))
+    labels = np.repeat(np.arange(6), 8)
+    images = np.clip(proto[labels] + rs.randint(-60, 61, (48, 3, 32, 32)), 0, 255).astype(np.uint8)
+    return model, lora, torch.from_numpy(images), torch.from_numpy(labels), tokens_of(NAMES)
+
+
+@pytest.fixture
+def tiny():
+    return golden_inputs()
+
+
+def close(ours, theirs):
+    ours = ours.tolist() if isinstance(ours, torch.Tensor) else ours
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha, epochs", GOLDEN["search"]["epochs"].items())
+def test_search_agrees_with_the_authors_for_every_alpha(tiny, alpha, epochs):
+    model, lora, images, labels, tokens = tiny
+    E, history = find_epochs(model, lora, images[:24], labels[:24], tokens[:3], alpha, lr=0.01, batch_size=24)
+    assert E == epochs
+    close([h["neg"] for h in history], GOLDEN["search"]["neg"][: len(history)])
+    close([h["delta"] for h in history], GOLDEN["search"]["delta"][: len(history)])
+
+
+def test_two_tasks_agree_with_the_authors(tiny):
+    model, lora, images, labels, tokens = tiny
+    head = CosineHead(64)
+    for t, golden in enumerate(GOLDEN["tasks"]):
+        task, classes, seen = slice(24 * t, 24 * t + 24), slice(3 * t, 3 * t + 3), tokens[: 3 * t + 3]
+        own = images[task], labels[task] - 3 * t, tokens[classes]
+        gaps = [mgclip.measure_gap(model, images[task], labels[task], seen)]
+        before = [p.detach().clone() for p in lora]
+        losses = []
+        for loss in mgclip.train_epochs(model, lora, *own, 3, 0.01, 24, order(), ""):
+            losses.append(loss)
+            gaps.append(mgclip.measure_gap(model, images[task], labels[task], seen))
+        after = [p.detach().clone() for p in lora]
+        for p, p_0 in zip(lora, before):
+            p.data = p_0
+        assert finetune(model, lora, *own, 3, lr=0.01, batch_size=24, generator=order()) == losses
+        assert all(torch.equal(p, q) for p, q in zip(lora, after))
+        features = extract_features(model, images[task])
+        head.add_classes(class_prototypes(features, labels[task] - 3 * t))
+        head_losses = fit_head(head, features, labels[task] - 3 * t, 3, lr=0.05, batch_size=24)
+        with torch.no_grad():
+            image_features, text_features = encode_images(model, images[::7]), encode_texts(model, seen)
+            text_logits = model.logit_scale.exp() * image_features @ text_features.T
+            fused = fused_scores(text_logits, head(image_features), beta=4)
+        close(losses, golden["loss"])
+        close(gaps, golden["pos_neg"])
+        close(head_losses, golden["head_loss"])
+        close(F.normalize(head.weight)[:, :3], golden["head_weight"])
+        close(fused[:3], golden["fused"])
+        close(image_features[0, :6], golden["image_feature"])
+        close(text_features[0, :6], golden["text_feature"])
+        assert fused.argmax(1).tolist() == golden["pred"]
+        assert text_logits.argmax(1).tolist() == golden["text_pred"]
+
+
+# The modality gap and the search --------------------------------------------------------------------------------------
+
+
+def test_gap_is_the_mean_over_own_and_over_other_texts():
+    x, t, labels = F.normalize(torch.randn(7, 5), dim=1), F.normalize(torch.randn(3, 5), dim=1), torch.arange(7) % 3
+    own = [float(x[i] @ t[k]) for i in range(7) for k in range(3) if labels[i] == k]
+    other = [float(x[i] @ t[k]) for i in range(7) for k in range(3) if labels[i] != k]
+    assert similarity_gap(x, t, labels) == pytest.approx((np.mean(own), np.mean(other)), abs=1e-6)
+
+
+def test_gap_needs_two_classes():
+    with pytest.raises(ValueError, match="two classes"):
+        similarity_gap(torch.ones(4, 3), torch.ones(1, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_gap_is_float32_under_autocast(tiny):
+    model, lora, images, labels, tokens = tiny
+    plain = find_epochs(model, lora, images[:24], labels[:24], tokens[:3], max_epochs=1)[1][0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encode_images(model, images).dtype == torch.float32  # the encoder's bf16 ends before the cosine
+        under = find_epochs(model, lora, images[:24], labels[:24], tokens[:3], max_epochs=1)[1][0]
+    assert under == plain
+
+
+def search(monkeypatch, negs, **options):
+    """find_epochs on a model whose neg goes through given values, epoch by epoch."""
+    model, lora, images, labels, tokens = golden_inputs()
+    values = iter(negs)
+    monkeypatch.setattr(mgclip, "measure_gap", lambda *_: (0.3, next(values)))
+    return find_epochs(model, lora, images[:24], labels[:24], tokens[:3], **options)
+
+
+def test_search_stops_at_the_first_crossing(monkeypatch):
+    E, history = search(monkeypatch, [0.200, 0.199, 0.189, 0.170, 0.199])  # 0.170: 15%; the return to 0.199 is not seen
+    assert E == 2
+    assert [h["epoch"] for h in history] == [0, 1, 2, 3]
+    assert history[-1]["delta"] == pytest.approx(0.15)
+
+
+def test_one_epoch_is_trained_even_if_the_first_crosses(monkeypatch):
+    assert search(monkeypatch, [0.2, 0.3])[0] == 1
+
+
+def test_search_ends_at_max_epochs_without_a_crossing(monkeypatch):
+    E, history = search(monkeypatch, [0.2] * 5, max_epochs=4)
+    assert (E, len(history)) == (4, 5)
+
+
+def test_search_leaves_the_lora_as_it_found_it(tiny):
+    model, lora, images, labels, tokens = tiny
+    before = [p.detach().clone() for p in lora]
+    find_epochs(model, lora, images[:24], labels[:24], tokens[:3], alpha=0.5, max_epochs=2, lr=0.01)
+    assert all(torch.equal(p, q) for p, q in zip(lora, before))
+
+
+def test_search_refuses_a_gap_near_zero(monkeypatch):
+    with pytest.raises(ValueError, match="too near 0"):
+        search(monkeypatch, [1e-5])
+
+
+# LoRA -----------------------------------------------------------------------------------------------------------------
+
+
+def test_zero_initialised_lora_leaves_clip_unchanged():
+    model = made_up_clip()
+    images, tokens = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), tokens_of(NAMES)
+    with torch.no_grad():
+        before = encode_images(model, images), encode_texts(model, tokens)
+        lora = add_lora(model)
+        after = encode_images(model, images), encode_texts(model, tokens)
+    assert all(torch.equal(b, a) for b, a in zip(before, after))
+    assert all(A.abs().sum() > 0 and B.abs().sum() == 0 for A, B in zip(lora[::2], lora[1::2]))
+
+
+def test_lora_is_a_k_b_k_a_v_b_v_per_block_images_first():
+    model = clip.model.CLIP(64, 32, 2, 128, 8, 77, 100, 64, 1, 1)
+    shapes = [tuple(p.shape) for p in add_lora(model, rank=3)]
+    assert shapes == [(3, 128), (128, 3)] * 4 + [(3, 64), (64, 3)] * 2
+
+
+def test_only_keys_and_values_change(tiny):
+    model, lora, images, labels, tokens = tiny
+    before = copy.deepcopy(model.state_dict())
+    finetune(model, lora, images[:24], labels[:24], tokens[:3], epochs=2, lr=0.01, batch_size=8)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert len(changed) == len(lora) and all(name[-3:] in ("A_k", "B_k", "A_v", "B_v") for name in changed)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora}
+    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+        delta = block.attn.in_proj_weight - block.attn.parametrizations.in_proj_weight.original
+        q, k, v = delta.chunk(3)
+        assert q.abs().max() == 0 and k.abs().max() > 0 and v.abs().max() > 0
+
+
+def test_lora_adds_b_a_over_r(tiny):
+    model, lora, *_ = tiny
+    for p in lora:
+        torch.nn.init.normal_(p)
+    attn = model.visual.transformer.resblocks[0].attn
+    delta = (attn.in_proj_weight - attn.parametrizations.in_proj_weight.original).chunk(3)
+    A_k, B_k, A_v, B_v = lora[:4]
+    torch.testing.assert_close(delta[1], B_k @ A_k / 4, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(delta[2], B_v @ A_v / 4, atol=1e-5, rtol=1e-4)
+
+
+def test_vit_b16_trains_the_papers_number_of_parameters():
+    model = clip.model.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
+    lora, head = add_lora(model, rank=8), CosineHead(512)
+    with torch.no_grad():
+        image_features = encode_images(model, torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8))
+        text_features = encode_texts(model, tokens_of(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:10]))
+    head.add_classes(torch.randn(100, 512))
+    assert (image_features.shape, text_features.shape) == ((1, 512), (10, 512))
+    assert sum(p.numel() for p in lora) == sum(p.numel() for p in model.parameters() if p.requires_grad) == 491_520
+    assert sum(p.numel() for p in lora) + head.weight.numel() == 542_720
+
+
+# Features -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 224), (64, 64, 32), (100, 333, 48), (32, 32, 32)])
+def test_resize_on_tensors_agrees_with_pillow(height, width, size):
+    image = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+    preprocess = clip.clip._transform(size).transforms  # resize, crop, RGB, to tensor, normalise
+    expected = np.asarray(preprocess[1](preprocess[0](Image.fromarray(image)))).astype(int)
+    ours = mgclip.resize_and_crop(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
+    assert np.abs(ours - expected).max() <= 2 and (ours != expected).mean() < 0.003  # Pillow computes in fixed point
+
+
+def test_image_features_agree_with_clips_preprocess_and_encoder(tmp_path):
+    model, path = made_up_clip(), tmp_path / "image.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (50, 41, 3)).astype(np.uint8)).save(path)
+    with torch.no_grad():
+        expected = model.encode_image(clip.clip._transform(32)(Image.open(path))[None])
+        ours = encode_images(model, mgclip.decode(path, 32)[None])
+    torch.testing.assert_close(ours, F.normalize(expected, dim=-1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
+def test_files_are_decoded_as_clip_does(tmp_path, mode):
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (60, 80, 3)).astype(np.uint8)).convert(mode).save(path)
+    expected = clip.clip._transform(48).transforms[:4]
+    image = Image.open(path)
+    for step in expected:
+        image = step(image)
+    assert torch.equal(mgclip.decode(path, 48).float() / 255, image)
+
+
+def test_cut_prompts_give_the_features_of_77_tokens(tiny):
+    model, lora, _, _, tokens = tiny
+    for p in lora:
+        torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        whole = F.normalize(model.encode_text(tokens), dim=-1)
+        torch.testing.assert_close(encode_texts(model, tokens), whole, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(encode_texts(model, tokens.int()), whole, atol=1e-6, rtol=1e-5)  # GitHub's int32
+
+
+def test_no_token_behind_the_longest_prompt_is_encoded(tiny):
+    model, _, _, _, tokens = tiny
+    lengths = []
+    model.transformer.resblocks[0].ln_1.register_forward_hook(lambda _, args, out: lengths.append(out.shape[0]))
+    encode_texts(model, tokens)
+    assert lengths == [int(tokens.argmax(-1).max()) + 1] and lengths[0] < 15
+
+
+# Preserve and compensate ----------------------------------------------------------------------------------------------
+
+
+def test_training_on_current_prompts_alone_is_the_masked_loss(tiny):
+    model, lora, images, labels, tokens = tiny
+    finetune(model, lora, images[:24], labels[:24], tokens[:3], epochs=1, lr=0.01, batch_size=24)
+    start = [p.detach().clone() for p in lora]
+    losses = finetune(model, lora, images[24:], labels[24:] - 3, tokens[3:], epochs=3, lr=0.01, batch_size=24)
+    ours = torch.cat([p.detach().flatten() for p in lora])
+
+    for p, p_0 in zip(lora, start):
+        p.data = p_0.clone()
+    optimizer, plain = torch.optim.Adam(lora, 0.01), []
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3, 1e-4)
+    for _ in range(3):  # all six prompts are encoded, and the old classes' logits masked
+        logits = model.logit_scale.exp() * encode_images(model, images[24:]) @ encode_texts(model, tokens).T
+        logits[:, :3] = -math.inf
+        loss = F.cross_entropy(logits, labels[24:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        plain.append(loss.item())
+    assert losses == pytest.approx(plain, abs=1e-5)
+    theirs = torch.cat([p.detach().flatten() for p in lora])
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # Adam turns the rounding of a gradient near 0 into a step
+
+
+def test_training_encodes_the_current_prompts_only(tiny, monkeypatch):
+    model, lora, images, labels, tokens = tiny
+    counts, encode = [], encode_texts
+    monkeypatch.setattr(mgclip, "encode_texts", lambda model, tokens: counts.append(len(tokens)) or encode(model, tokens))
+    finetune(model, lora, images[24:], labels[24:] - 3, tokens[3:], epochs=1, batch_size=8)
+    assert counts == [3, 3, 3]
+
+
+def test_features_computed_once_train_the_head_as_features_of_every_step(tiny):
+    model, _, images, labels, _ = tiny
+    features, labels = extract_features(model, images[:24]), labels[:24]
+    head = CosineHead(64)
+    head.add_classes(class_prototypes(features, labels))
+    rows = head.weight.detach().clone().requires_grad_()
+    fit_head(head, features, labels, epochs=2, lr=0.05, batch_size=10, generator=order())
+    optimizer, generator = torch.optim.Adam([rows], 0.05), order()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, 0.0005)
+    for _ in range(2):
+        for batch in torch.randperm(24, generator=generator).split(10):
+            with torch.no_grad():
+                x = encode_images(model, images[batch])
+            optimizer.zero_grad()
+            F.cross_entropy(F.normalize(x) @ F.normalize(rows).T, labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    torch.testing.assert_close(head.weight.detach(), rows.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_text_features_once_per_evaluation_give_the_scores_of_every_batch(tiny, monkeypatch):
+    model, _, images, labels, tokens = tiny
+    head = CosineHead(64)
+    head.add_classes(torch.randn(6, 64))
+    tests = [(images[:24], labels[:24]), (images[24:], labels[24:])]
+    hits = []
+    for image, label in zip(images, labels):  # the plain form: one image at a time, all texts anew for each
+        with torch.no_grad():
+            x, t = encode_images(model, image[None]), encode_texts(model, tokens)
+            text, visual = 100 * x @ t.T, head(x)
+            scores = text.softmax(-1).softmax(-1) + 2 * visual.softmax(-1)
+        hits.append([int(s.argmax()) == label for s in (scores, text, visual)])
+    calls, encode = [], encode_texts
+    monkeypatch.setattr(mgclip, "encode_texts", lambda *args: calls.append(1) or encode(*args))
+    accuracies, per_task = mgclip.evaluate(model, head, tests, tokens, beta=2)
+    assert len(calls) == 1
+    assert accuracies == pytest.approx((100 * np.mean(hits, 0)).tolist())
+    assert per_task == pytest.approx([100 * np.mean([h[0] for h in hits[:24]]), 100 * np.mean([h[0] for h in hits[24:]])])
+
+
+def test_schedule_falls_to_one_per_cent_of_lr_epoch_by_epoch(tiny, monkeypatch):
+    model, lora, images, labels, tokens = tiny
+    rates, step = [], torch.optim.Adam.step
+    spy = lambda self, *args, **kw: rates.append(self.param_groups[0]["lr"]) or step(self, *args, **kw)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    finetune(model, lora, images[:24], labels[:24], tokens[:3], epochs=3, lr=0.1, batch_size=12)
+    expected = [0.001 + 0.099 * (1 + math.cos(math.pi * e / 3)) / 2 for e in range(3) for _ in range(2)]
+    assert rates == pytest.approx(expected)
+
+
+def test_prototype_is_the_mean_feature_of_a_class():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    assert class_prototypes(features, torch.tensor([0, 1, 1])).tolist() == [[1, 0], [0, 2]]
+
+
+def test_older_rows_of_the_head_stay_as_they_are():
+    head = CosineHead(8)
+    head.add_classes(torch.randn(3, 8))
+    old = head.weight.detach().clone()
+    new = torch.randn(2, 8)
+    head.add_classes(new)
+    fit_head(head, torch.randn(20, 8), torch.arange(20) % 2, lr=0.1)
+    assert torch.equal(head.weight[:3], old) and not torch.isclose(head.weight[3:], new).any(1).all()
+
+
+def test_head_gives_cosines_whatever_the_lengths():
+    head = CosineHead(4)
+    head.add_classes(torch.randn(3, 4))
+    x = torch.randn(5, 4)
+    expected = F.cosine_similarity(x[:, None], head.weight[None], dim=-1)
+    torch.testing.assert_close(head(7 * x), expected)
+
+
+def test_fused_scores_are_a_softmax_of_probabilities_plus_beta_times_the_heads():
+    text, visual = 100 * torch.rand(4, 5), torch.rand(4, 5)
+    p = torch.exp(text.double()) / torch.exp(text.double()).sum(1, keepdim=True)
+    expected = torch.exp(p) / torch.exp(p).sum(1, keepdim=True)
+    expected = expected + 4 * torch.exp(visual) / torch.exp(visual).sum(1, keepdim=True)
+    torch.testing.assert_close(fused_scores(text, visual).double(), expected)
+
+
+def test_loss_that_is_not_finite_names_epoch_and_step(tiny):
+    model, lora, images, labels, tokens = tiny
+    with pytest.raises(FloatingPointError, match=r"task 3, epoch \d, step [1-3]: the loss is"):
+        finetune(model, lora, images[:24], labels[:24], tokens[:3], epochs=9, lr=1e30, batch_size=8, desc="task 3")
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder to run in, with a tiny checkpoint and a folder data set of six classes; nothing is kept outside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(made_up_clip().state_dict(), tmp_path / "tiny.pt")
+    rs = np.random.RandomState(0)
+    for c, name in enumerate(NAMES):
+        for split, n in (("train", 6), ("test", 3)):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.clip(rs.randint(0, 80, (36, 40, 3)) + 30 * c, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    return tmp_path
+
+
+FOLDER = "--dataset folder --data-root images --model tiny.pt --tasks 3 --device cpu --batch-size 5"
+
+
+def events(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder):
+    times = ("seconds", "images_per_second")
+    return [{k: v for k, v in event.items() if k not in times} for event in events(folder)]
+
+
+def test_a_run_writes_its_options_its_metrics_and_its_checkpoint(workplace, capsys):
+    assert main(f"{FOLDER} --out run --max-epochs 2 --lr 0.01 --alpha 0.5".split()) == 0
+    config, log = json.loads(Path("run/config.json").read_text()), events("run")
+    assert (config["tasks"], config["lr"], config["head_lr"], config["precision"]) == (3, 0.01, 5e-4, "fp32")
+    assert config["versions"]["torch"] == torch.__version__ and config["versions"]["clip"].startswith("clip")
+    assert config["model_sha256"] == mgclip.sha256(Path("tiny.pt").read_bytes())
+    searched = [e["event"] for e in log].count("search")
+    assert [e["event"] for e in log] == ["search"] * searched + ["epochs", "task", "task", "task", "end"]
+    tasks, end = log[-4:-1], log[-1]
+    assert [e["classes_seen"] for e in tasks] == [2, 4, 6]
+    assert [len(e["per_task"]) for e in tasks] == [1, 2, 3]
+    for e in tasks:
+        assert e["accuracy"] == pytest.approx(np.mean(e["per_task"]))  # micro: every task here has six test images
+        assert set(e) == {"event", "task", "classes_seen", "accuracy", "text_accuracy", "visual_accuracy", "per_task"} | {
+            "pos", "neg", "seconds", "images_per_second"}  # fmt: skip
+    assert end["accuracy"] == [e["accuracy"] for e in tasks]
+    assert (end["avg"], end["last"]) == (pytest.approx(np.mean(end["accuracy"])), end["accuracy"][-1])
+    best = [max(e["per_task"][j] for e in tasks[j:]) for j in range(2)]
+    assert end["forgetting"] == pytest.approx(np.mean([best[j] - tasks[-1]["per_task"][j] for j in range(2)]))
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    assert end["trainable_parameters"] == sum(p.numel() for p in checkpoint["lora"]) + 6 * 64
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    out, err = capsys.readouterr()
+    assert err == "" and "\r" not in out and out.splitlines()[-1] == "run"  # quiet and well-formed off a terminal
+
+
+def test_accuracy_counts_every_image_alike(workplace):
+    for extra in range(9):  # one class of the first task gets twelve test images instead of three
+        Image.new("RGB", (32, 32), (extra, 0, 0)).save(f"images/test/apple/x{extra}.png")
+    main(f"{FOLDER} --out run --epochs 0".split())
+    last = events("run")[-2]
+    assert last["accuracy"] == pytest.approx(np.average(last["per_task"], weights=[15, 6, 6]))
+
+
+def test_zero_epochs_and_beta_zero_are_zero_shot_clip(workplace):
+    main(f"{FOLDER} --out run --epochs 0 --beta 0".split())
+    model = load_clip("tiny.pt")
+    images = torch.stack([mgclip.decode(f"images/test/{n}/{i}.png", 32) for n in NAMES for i in range(3)])
+    logits = extract_features(model, images) @ encode_texts(model, tokens_of(NAMES)).T
+    accuracy = (logits.argmax(1) == torch.arange(18) // 3).double().mean().item() * 100
+    assert events("run")[-1]["last"] == pytest.approx(accuracy) == pytest.approx(events("run")[-2]["text_accuracy"])
+
+
+def test_same_seed_same_numbers_bit_for_bit(workplace):
+    for out in ("a", "b", "c"):
+        main(f"{FOLDER} --out {out} --max-epochs 2 --lr 0.01 --seed {int(out == 'c')}".split())
+    assert without_times("a") == without_times("b") != without_times("c")
+    a, b = (torch.load(f"{out}/checkpoint.pt", weights_only=True) for out in "ab")
+    assert all(torch.equal(p, q) for p, q in zip(a["lora"] + [a["head"]], b["lora"] + [b["head"]]))
+
+
+def test_a_run_cut_off_goes_on_as_if_it_had_not_been(workplace, monkeypatch, capsys):
+    options = f"{FOLDER} --max-epochs 2 --lr 0.01 --out"
+    main(f"{options} whole".split())
+    evaluate, calls = mgclip.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(mgclip, "evaluate", interrupted)
+    assert main(f"{options} cut".split()) == 130
+    assert "python mgclip.py --resume cut" in capsys.readouterr().err
+    assert [e["event"] for e in events("cut")].count("task") == 1
+    monkeypatch.setattr(mgclip, "evaluate", evaluate)
+    assert main(["--resume", "cut"]) == 0
+    assert without_times("cut") == without_times("whole")
+
+
+def test_runs_with_the_same_options_get_numbered_folders(workplace):
+    assert [run(Config(**OPTIONS))["folder"] for _ in range(2)] == ["runs/folder-0.1-4-0", "runs/folder-0.1-4-0-2"]
+
+
+OPTIONS = dict(dataset="folder", data_root="images", model="tiny.pt", tasks=2, epochs=0, device="cpu")
+
+
+def test_tasks_are_as_even_as_can_be_and_follow_the_order(workplace, monkeypatch):
+    seen, tokenize = [], clip.tokenize
+    monkeypatch.setattr(clip, "tokenize", lambda texts: seen.append(texts) or tokenize(texts))
+    run(Config(**{**OPTIONS, "tasks": 2, "class_order": "5", "template": "{}"}))
+    order = [NAMES[i] for i in np.random.RandomState(5).permutation(6)]
+    assert order[:3] in seen and order[3:] in seen and order in seen
+    assert [len(c) for c in np.array_split(range(7), 3)] == [3, 2, 2]
+
+
+def test_class_names_come_from_classes_txt_else_imagenet_else_the_folders(tmp_path):
+    folders = ["n01", "n02"]
+    assert mgclip.class_names(tmp_path, folders) == folders
+    (tmp_path / "README.txt").write_text("Some words of introduction\n\nn01 goldfish\nn02 great white shark\n")
+    assert mgclip.class_names(tmp_path, folders) == ["goldfish", "great white shark"]
+    (tmp_path / "classes.txt").write_text("n02 shark\nn01 fish\n")
+    assert mgclip.class_names(tmp_path, folders) == ["fish", "shark"]
+    synsets = [f"n{i:08d}" for i in range(1000)]
+    assert mgclip.class_names(tmp_path / "none", synsets)[:2] == ["tench", "goldfish"]
+
+
+def test_bf16_trains_and_scores_within_its_rounding(workplace):
+    plain = run(Config(**{**OPTIONS, "epochs": 1, "lr": 0.01}))
+    half = run(Config(**{**OPTIONS, "epochs": 1, "lr": 0.01, "precision": "bf16"}))
+    assert half["accuracy"] == pytest.approx(plain["accuracy"], abs=25)
+    a, b = (torch.load(f"{r['folder']}/checkpoint.pt", weights_only=True)["lora"][1] for r in (plain, half))
+    assert not torch.equal(a, b) and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.5
+
+
+@pytest.fixture
+def cifar(workplace, monkeypatch):
+    """CIFAR-100's own files, with two training pictures and one test picture a class."""
+    folder = workplace / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    rs = np.random.RandomState(0)
+    for name, n in (("train", 200), ("test", 100)):
+        data = rs.randint(0, 256, (n, 3072)).astype(np.uint8)
+        entry = {"data": data, "fine_labels": [i % 100 for i in range(n)]}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    names = [f"thing_{i:02d}" for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).exists())
+    return names
+
+
+def test_cifar100_runs_in_the_authors_order_with_torchvisions_names(cifar, monkeypatch):
+    seen, tokenize = [], clip.tokenize
+    monkeypatch.setattr(clip, "tokenize", lambda texts: seen.append(texts) or tokenize(texts))
+    assert main("--dataset cifar100 --model tiny.pt --epochs 1 --device cpu --out run --alpha 0.1 --beta 4".split()) == 0
+    first = [f"a good photo of a {cifar[c]}." for c in (87, 0, 52, 58, 44, 91, 68, 97, 51, 15)]
+    assert first in seen and "thing_87" in first[0]
+    assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == list(range(10, 101, 10))
+    assert sorted(CIFAR100_ORDER) == list(range(100)) and CIFAR100_ORDER[-3:] == [26, 35, 39]
+
+
+def test_cifar100_pictures_keep_channels_rows_and_labels(cifar):
+    _, read = mgclip.load_cifar100(Config(data_root="data"))
+    images, labels = read("train", [7, 3], 32)
+    entry = pickle.loads(Path("data/cifar-100-python/train").read_bytes())
+    expected = entry["data"].reshape(-1, 3, 32, 32)[[7, 107, 3, 103]]
+    assert np.array_equal(images.numpy(), expected) and labels.tolist() == [0, 0, 1, 1]
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_is_read_in_float32_to_the_bit(workplace):
+    expected = made_up_clip().state_dict()
+    loaded = load_clip("tiny.pt").state_dict()
+    assert all(v.dtype == torch.float32 and torch.equal(v, expected[k]) for k, v in loaded.items())
+
+
+def test_float16_state_dict_is_read_as_float32(workplace):
+    torch.save({k: v.half() for k, v in made_up_clip().state_dict().items()}, "half.pt")
+    assert all(p.dtype == torch.float32 for p in load_clip("half.pt").parameters())
+
+
+def traced(model, path):
+    """Write a model as OpenAI's archives are: TorchScript that carries its sizes as buffers."""
+    for name, value in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49408)):
+        model.register_buffer(name, torch.tensor(value)) if not hasattr(model, name) else None
+    with torch.no_grad():
+        torch.jit.trace(model, (torch.randn(1, 3, 32, 32), tokens_of(NAMES[:2]))).save(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_archive_is_read(workplace):
+    traced(made_up_clip(), "traced.pt")
+    expected = made_up_clip()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        difference = (encode_images(load_clip("traced.pt"), images) - encode_images(expected, images)).abs().max()
+    assert difference < 0.01  # clip.load goes through float16
+
+
+def test_resnet_clip_is_refused(workplace, capsys):
+    torch.save(clip.model.CLIP(64, 32, (1, 1, 1, 1), 8, None, 77, 100, 64, 1, 1).state_dict(), "resnet.pt")
+    for model in ("resnet.pt", "RN50"):
+        with pytest.raises(ValueError, match="ViT"):
+            load_clip(model)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, arguments, *words):
+    """The command line ends with status 2 and one line on standard error that holds all the words."""
+    try:
+        status = main(arguments.split() if isinstance(arguments, str) else arguments)
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    error = capsys.readouterr().err
+    message = [line for line in error.splitlines() if "error:" in line]
+    assert status == 2 and len(message) == 1 and "Traceback" not in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--dataset imagenet", ("--dataset", "imagenet", "cifar100")),
+        ("--dataset folder --model no-such", ("--data-root", "data", "no such folder")),
+        (FOLDER + " --model RN50", ("RN50", "ViT")),
+        (FOLDER + " --model no-such", ("--model no-such", "ViT-B/16")),
+        (FOLDER + " --tasks 7", ("--tasks 7", "6 classes")),
+        (FOLDER + " --tasks 4", ("--tasks 4", "two classes in every task")),
+        (FOLDER + " --tasks 0", ("--tasks 0",)),
+        (FOLDER + " --alpha -0.1", ("--alpha -0.1", "at least 0")),
+        (FOLDER + " --alpha nan", ("--alpha nan",)),
+        (FOLDER + " --alpha ten", ("--alpha", "ten")),
+        (FOLDER + " --beta -4", ("--beta -4",)),
+        (FOLDER + " --beta inf", ("--beta inf",)),
+        (FOLDER + " --lr 0", ("--lr 0",)),
+        (FOLDER + " --device quantum", ("--device quantum",)),
+        (FOLDER + " --class-order random", ("--class-order random",)),
+        (FOLDER + " --template photo", ("--template", "{}")),
+        (FOLDER + " --template " + 80 * "very-" + "{}", ("--template", "too long")),
+        (FOLDER + " --out tiny.pt/run", ("--out tiny.pt/run", "cannot be written")),
+        (FOLDER + " --lr 1e30 --epochs 3", ("task 1", "epoch", "step", "loss")),
+        ("--resume nowhere", ("--resume nowhere", "config.json")),
+        ("--resume nowhere --alpha 1", ("--resume",)),
+    ],
+)
+def test_bad_option_is_one_message(workplace, capsys, options, words):
+    refused(capsys, options, *words)
+
+
+def break_train(root):
+    (root / "images" / "train").rename(root / "images" / "elsewhere")
+
+
+def break_test_class(root):
+    (root / "images" / "test" / "castle").rename(root / "castle")
+
+
+def break_train_class(root):
+    (root / "images" / "train" / "castle").rename(root / "castle")
+
+
+def break_empty(root):
+    for image in (root / "images" / "train" / "castle").iterdir():
+        image.unlink()
+
+
+def break_image(root):
+    (root / "images" / "test" / "forest" / "0.png").write_text("words")
+
+
+def break_cut_image(root):
+    path = root / "images" / "train" / "forest" / "0.png"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def break_names(root):
+    (root / "images" / "classes.txt").write_text("".join(f"{n} {n}\n" for n in NAMES[:5]) + "forest apple\n")
+
+
+def break_listing(root):
+    (root / "images" / "classes.txt").write_text("apple fruit\n")
+
+
+def break_checkpoint(root):
+    (root / "tiny.pt").write_bytes((root / "tiny.pt").read_bytes()[:100_000])
+
+
+def break_model(root):
+    torch.save({"weight": torch.ones(3)}, root / "tiny.pt")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (break_train, ("images", "train/")),
+        (break_test_class, ("images/test", "castle")),
+        (break_train_class, ("images/train", "castle")),
+        (break_empty, ("images/train/castle", "no image")),
+        (break_image, ("images/test/forest/0.png", "image")),
+        (break_cut_image, ("images/train/forest/0.png", "image")),
+        (break_names, ("two classes", "apple")),
+        (break_listing, ("classes.txt", "bicycle")),
+        (break_checkpoint, ("tiny.pt", "cut short")),
+        (break_model, ("tiny.pt", "cannot be read")),
+    ],
+)
+def test_damaged_data_is_one_message(workplace, capsys, damage, words):
+    damage(workplace)
+    refused(capsys, f"{FOLDER} --epochs 0", *words)
+
+
+def test_results_before_an_error_are_kept(workplace, capsys):
+    break_image(workplace)  # in the third task
+    refused(capsys, f"{FOLDER} --epochs 0 --out run", "forest/0.png")
+    assert [e["task"] for e in events("run")] == [1, 2]
+    assert torch.load("run/checkpoint.pt", weights_only=True)["task"] == 2
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(workplace, capsys):
+    main(f"{FOLDER} --epochs 0 --out run".split())
+    before = Path("run/metrics.jsonl").read_text()
+    refused(capsys, f"{FOLDER} --epochs 0 --out run", "--out run", "already")
+    assert Path("run/metrics.jsonl").read_text() == before
+
+
+def test_checkpoint_of_a_run_cut_short_is_refused(workplace, capsys):
+    main(f"{FOLDER} --epochs 0 --out run".split())
+    path = Path("run/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:500])
+    refused(capsys, "--resume run", "run/checkpoint.pt", "cut short")
+
+
+def test_gap_near_zero_is_one_message(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(mgclip, "measure_gap", lambda *_: (0.1, 1e-6))
+    refused(capsys, FOLDER, "neg_0", "--epochs")
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("no route to host")
+
+
+def test_without_network_the_missing_file_and_its_place_are_named(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "download", no_network)
+    monkeypatch.setattr(clip, "load", no_network)
+    place = str(workplace / "data")
+    refused(capsys, "--dataset cifar100 --alpha 0.1 --beta 4", "cifar-100-python.tar.gz", place, "https://")
+    refused(capsys, f"{FOLDER} --model ViT-B/16", "ViT-B-16.pt", str(workplace / ".cache" / "clip"))
+
+
+# What a person sees ---------------------------------------------------------------------------------------------------
+
+
+def test_help_groups_the_options_and_gives_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert stop.value.code == 0
+    for group in ("data:", "model:", "method:", "running:"):
+        assert group in text
+    for line in ("--alpha X largest relative change", "(default: 0.1)", "(default: ViT-B/16; patterns: tiny)"):
+        assert line in text
+    assert text.count("(default: ") == len(mgclip.fields(Config)) - 1  # --compile is a switch
+
+
+def test_every_stage_has_a_bar_with_its_name_and_rate_on_a_terminal(workplace, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(f"{FOLDER} --out run --max-epochs 1".split()) == 0
+    for stage in ("decoding train", "search", "gap", "task 1", "image features", "test images"):
+        assert re.search(rf"{stage}: .* images/s", terminal.getvalue()), stage
+
+
+# Demo -----------------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_are_64_classes_and_the_same_at_every_run():
+    names, read = mgclip.load_patterns(None)
+    assert len(set(names)) == 64
+    for split, n in (("train", 80), ("test", 25)):
+        images, labels = read(split, [63, 0], 32)
+        again, _ = mgclip.load_patterns(None)[1](split, [63, 0], 32)
+        assert images.shape == (2 * n, 3, 32, 32) and images.dtype == torch.uint8 and torch.equal(images, again)
+        assert labels.tolist() == n * [0] + n * [1]
+
+
+def test_demo_pre_trains_its_clip_once(workplace, monkeypatch):
+    pretrain, calls = mgclip.pretrain_tiny, []
+    monkeypatch.setattr(mgclip, "pretrain_tiny", lambda: calls.append(1) or pretrain(steps=2))
+    monkeypatch.setattr(mgclip.inspect, "getsource", lambda f: "")
+    first, second = (run(Config(epochs=0, device="cpu")) for _ in range(2))
+    assert len(calls) == 1 and first["accuracy"] == second["accuracy"] and len(first["accuracy"]) == 8
+    (cached,) = (workplace / ".cache" / "clip").iterdir()
+    assert re.fullmatch(r"mgclip-tiny-[0-9a-f]{12}\.pt", cached.name)
+    before = cached.name
+    monkeypatch.setattr(mgclip, "TEMPLATES", ("{}",))
+    assert Path(mgclip.tiny_clip()).name != before  # another recipe, another name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees_with_the_authors_too(tiny):
+    model, lora, images, labels, tokens = tiny
+    model.to("cuda")
+    E, history = find_epochs(model, lora, images[:24], labels[:24], tokens[:3], 0.1, lr=0.01, batch_size=24)
+    assert E == GOLDEN["search"]["epochs"][0.1]
+    close([h["neg"] for h in history], GOLDEN["search"]["neg"][: len(history)])
