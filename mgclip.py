@@ -113,7 +113,8 @@ class KeyValueLoRA(nn.Module):
 
     def forward(self, W):  # (3d, d)
         r = len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
-        delta_k, delta_v = self.B_k @ self.A_k / r, self.B_v @ self.A_v / r  # (d, d)
+        with torch.autocast(W.device.type, enabled=False):  # autocast would go on using its copies of A and B
+            delta_k, delta_v = self.B_k @ self.A_k / r, self.B_v @ self.A_v / r  # (d, d)
         return W + torch.cat([torch.zeros_like(delta_k), delta_k, delta_v])  # queries stay as they are
 
 
@@ -245,12 +246,14 @@ def measure_gap(model, images, labels, tokens):
 
 
 def find_epochs(
-    model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None
-):
+    model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None,
+    report=lambda entry: None,
+):  # fmt: skip
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
     Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 for 10%. neg is over all images given.
-    Returns (E, history), history a list of dicts with epoch, pos, neg, delta, from epoch 0 to the crossing one.
+    Returns (E, history), history a list of dicts with epoch, pos, neg, delta, from epoch 0 to the crossing one, each of
+    which also goes to report as it comes.
     Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
     """
     untrained = [p.detach().clone() for p in lora]
@@ -258,6 +261,7 @@ def find_epochs(
     if not abs(neg_0) > 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
+    report(history[-1])
     training = train_epochs(model, lora, images, labels, tokens, max_epochs, lr, batch_size, generator, "search")
     try:
         for e, _ in enumerate(training, 1):  # line 3
@@ -266,6 +270,7 @@ def find_epochs(
             if not math.isfinite(delta):
                 raise FloatingPointError(f"search, epoch {e}: neg is {neg}; a smaller learning rate may help")
             history.append(dict(epoch=e, pos=pos, neg=neg, delta=delta))
+            report(history[-1])
             if delta > alpha:
                 break  # line 4
         E = max(1, *(h["epoch"] for h in history if h["delta"] <= alpha))  # line 5
@@ -378,11 +383,10 @@ def run(config):
     D_1 = next(tasks)
     if E is None:
         names, images, labels, _, _ = D_1
-        with autocast:  # lines 2-5
-            E, history = find_epochs(
-                model, lora, images, labels, prompts(names), config.alpha, config.max_epochs, **lora_options
-            )
-        log.search(E, history, config.alpha)
+        search = dict(alpha=config.alpha, max_epochs=config.max_epochs, report=log.search)
+        with autocast:
+            E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, **lora_options)  # lines 2-5
+        log.write("epochs", epochs=E, alpha=config.alpha)
 
     seen, tests = [], []
     for t, (names, images, labels, test_images, test_labels) in enumerate(chain([D_1], tasks), 1):  # line 6
@@ -642,12 +646,11 @@ class Log:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.events[-1]) + "\n")
 
-    def search(self, E, history, alpha):
-        print("\nsearch on task 1   epoch     pos     neg       Δ")
-        for h in history:
-            self.write("search", **h)
-            print(f"{h['epoch']:24d} {h['pos']:7.4f} {h['neg']:7.4f} {h['delta']:7.4f}", flush=True)
-        self.write("epochs", epochs=E, alpha=alpha)
+    def search(self, entry):
+        self.write("search", **entry)
+        if entry["epoch"] == 0:
+            print("\nsearch, epoch     pos     neg       Δ")
+        print(f"{entry['epoch']:13d} {entry['pos']:7.4f} {entry['neg']:7.4f} {entry['delta']:7.4f}", flush=True)
 
     def start(self, t):
         self.task_began = time.perf_counter()

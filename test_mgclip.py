@@ -621,12 +621,17 @@ def test_class_names_come_from_classes_txt_else_imagenet_else_the_folders(tmp_pa
     assert mgclip.class_names(tmp_path / "none", synsets)[:2] == ["tench", "goldfish"]
 
 
-def test_bf16_trains_and_scores_within_its_rounding(workplace):
-    plain = run(Config(**{**OPTIONS, "epochs": 1, "lr": 0.01}))
-    half = run(Config(**{**OPTIONS, "epochs": 1, "lr": 0.01, "precision": "bf16"}))
-    assert half["accuracy"] == pytest.approx(plain["accuracy"], abs=25)
-    a, b = (torch.load(f"{r['folder']}/checkpoint.pt", weights_only=True)["lora"][1] for r in (plain, half))
-    assert not torch.equal(a, b) and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.5
+def test_bf16_training_follows_float32(tiny):
+    model, lora, images, labels, tokens = tiny
+    with torch.autocast("cpu", torch.bfloat16):  # one context around all steps: its cached weights must not go stale
+        losses = finetune(model, lora, images[:24], labels[:24], tokens[:3], epochs=3, lr=0.01, batch_size=24)
+    assert losses == pytest.approx(GOLDEN["tasks"][0]["loss"], rel=0.05) and losses != GOLDEN["tasks"][0]["loss"]
+
+
+def test_bf16_run_measures_the_gap_in_float32(workplace):
+    plain, half = (run(Config(**OPTIONS | dict(epochs=None, max_epochs=1, precision=p))) for p in ("fp32", "bf16"))
+    first, second = (events(r["folder"]) for r in (plain, half))
+    assert first[0] == second[0] and first[1] != second[1]  # before training the same to the bit, and not after
 
 
 @pytest.fixture
