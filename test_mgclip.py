@@ -730,7 +730,7 @@ def refused(capsys, arguments, *words):
         (FOLDER + " --model RN50", ("RN50", "ViT")),
         (FOLDER + " --model no-such", ("--model no-such", "ViT-B/16")),
         (FOLDER + " --tasks 7", ("--tasks 7", "6 classes")),
-        (FOLDER + " --tasks 4", ("--tasks 4", "two classes in every task")),
+        (FOLDER + " --tasks 4", ("--tasks 4", "two classes in each")),
         (FOLDER + " --tasks 0", ("--tasks 0",)),
         (FOLDER + " --alpha -0.1", ("--alpha -0.1", "at least 0")),
         (FOLDER + " --alpha nan", ("--alpha nan",)),
