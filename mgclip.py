@@ -55,7 +55,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from itertools import chain, count
 from pathlib import Path
 
@@ -113,18 +113,21 @@ class KeyValueLoRA(nn.Module):
 
     def forward(self, W):  # (3d, d)
         r = len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
-        with torch.autocast(W.device.type, enabled=False):  # autocast would go on using its copies of A and B
+        with torch.autocast(W.device.type, enabled=False):  # autocast's cached copies of A and B go stale as they train
             delta_k, delta_v = self.B_k @ self.A_k / r, self.B_v @ self.A_v / r  # (d, d)
-        return W + torch.cat([torch.zeros_like(delta_k), delta_k, delta_v])  # queries stay as they are
+        return W + F.pad(torch.cat([delta_k, delta_v]), (0, 0, len(delta_k), 0))  # queries stay as they are
 
 
 def add_lora(model, rank=8):
     """Add LoRA to the key and value projections of both encoders, in place, and freeze everything else (line 1).
 
     model: a `clip.model.CLIP` with a ViT image encoder. The adapter is a parametrisation of `attn.in_proj_weight`:
-    CLIP's own code runs as it is, and the untouched weight stands in `attn.parametrizations.in_proj_weight.original`.
+    CLIP's own code runs as it is; `parametrize.remove_parametrizations(attn, "in_proj_weight")` merges it for good.
     Returns [A_k, B_k, A_v, B_v] per block, image blocks first, then text; A (r, d) Xavier-uniform, B (d, r) zero.
+    Raises ValueError if the model is not in float32, as clip.load leaves it on a GPU.
     """
+    if model.dtype != torch.float32:
+        raise ValueError(f"LoRA trains in float32, and the model is in {model.dtype}: call model.float() first")
     model.requires_grad_(False)
     lora = []
     for block in chain(model.visual.transformer.resblocks, model.transformer.resblocks):
@@ -197,7 +200,7 @@ def extract_features(model, images, batch_size=256, desc="image features"):
 
 def mean_loss(losses, where):
     """Mean of an epoch's losses (scalar tensors); raises FloatingPointError naming the first that is not finite."""
-    losses = torch.stack(losses).tolist()  # once an epoch: reading every step would stall a GPU
+    losses = torch.stack(losses).tolist()  # read once an epoch, not in every step
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
             raise FloatingPointError(f"{where}, step {step}: the loss is {loss}; a smaller learning rate may help")
@@ -210,7 +213,7 @@ def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, ge
     The loss is over the task's own classes: older ones are masked, so their prompts, without gradient, are not encoded.
     Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
     """
-    labels = labels.to(model.logit_scale.device)
+    labels = labels.to(model.logit_scale.device, torch.long)
     optimizer = torch.optim.Adam(lora, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
     with progress(desc=desc, total=epochs * len(images)) as bar:
@@ -273,7 +276,7 @@ def find_epochs(
             report(history[-1])
             if delta > alpha:
                 break  # line 4
-        E = max(1, *(h["epoch"] for h in history if h["delta"] <= alpha))  # line 5
+        E = max([1] + [h["epoch"] for h in history if h["delta"] <= alpha])  # line 5
     finally:
         with torch.no_grad():
             for p, p_0 in zip(lora, untrained):
@@ -290,17 +293,17 @@ def class_prototypes(features, labels):
 
 
 class CosineHead(nn.Module):
-    """Cosine classifier in the visual space: W_v of Eq. 5, one row a class. Features (N, D) -> cosines (N, K)."""
+    """Cosine classifier in the visual space: W_v of Eq. 5, one row per class. Features (N, D) -> cosines (N, K)."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(0, dim))  # W_v (K, D)
-        self.new = 0  # how many rows were added last
+        self.first_new = 0  # the rows from here on were added last
 
     def add_classes(self, prototypes):
-        """Append one row per new class (line 8): prototypes (k, D)."""
-        self.weight = nn.Parameter(torch.cat([self.weight.detach(), prototypes.to(self.weight)]))
-        self.new = len(prototypes)
+        """Append one row per new class (line 8): prototypes (k, D), whose device the head goes to."""
+        self.first_new = len(self.weight)
+        self.weight = nn.Parameter(torch.cat([self.weight.detach().to(prototypes), prototypes]))
 
     def forward(self, features):
         return cosine(features, self.weight)  # no temperature (authors' code)
@@ -313,8 +316,8 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
     Adam, raw cosines as logits, cosine schedule stepped per batch down to 1% of lr (authors' code).
     Returns the mean loss of each epoch. Raises FloatingPointError as `finetune` does.
     """
-    rows = head.weight[-head.new :].detach().clone().requires_grad_()  # (k, D)
-    labels = labels.to(rows.device)
+    rows = head.weight[head.first_new :].detach().clone().requires_grad_()  # (k, D)
+    labels = labels.to(rows.device, torch.long)
     optimizer = torch.optim.Adam([rows], lr)
     steps = epochs * math.ceil(len(features) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=0.01 * lr)
@@ -329,7 +332,7 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
             schedule.step()
             losses.append(loss.detach())
         history.append(mean_loss(losses, f"{desc}, epoch {epoch}"))
-    head.weight.data[-head.new :] = rows.detach()
+    head.weight.data[head.first_new :] = rows.detach()
     return history
 
 
@@ -365,7 +368,7 @@ def evaluate(model, head, tests, tokens, beta):
 
 
 def run(config):
-    """Algorithm 1: learn the tasks one after another. Returns the fields of the `end` event, and the run's folder.
+    """MG-CLIP, lines 1-12. Returns the fields of the `end` event of metrics.jsonl, and the run's folder.
 
     Raises ValueError, OSError or FloatingPointError, with a message for the user, for whatever the user can cause.
     """
@@ -378,18 +381,19 @@ def run(config):
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
 
     lora = add_lora(model, config.rank)  # line 1
-    head = CosineHead(model.text_projection.shape[1]).to(device)
+    head = CosineHead(model.text_projection.shape[1])
     E, done = log.restore(lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
     D_1 = next(tasks)
-    if E is None:
+    if E is None:  # neither fixed by --epochs nor found before a run was cut off
         names, images, labels, _, _ = D_1
         search = dict(alpha=config.alpha, max_epochs=config.max_epochs, report=log.search)
         with autocast:
             E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, **lora_options)  # lines 2-5
         log.write("epochs", epochs=E, alpha=config.alpha)
 
-    seen, tests = [], []
-    for t, (names, images, labels, test_images, test_labels) in enumerate(chain([D_1], tasks), 1):  # line 6
+    seen, tests, tasks = [], [], chain([D_1], tasks)
+    del D_1  # so that its images are not kept beside those of every later task
+    for t, (names, images, labels, test_images, test_labels) in enumerate(tasks, 1):  # line 6
         tests.append((test_images, test_labels + len(seen)))
         seen += names
         if t <= done:
@@ -417,7 +421,7 @@ CIFAR100_ORDER = [int(c) for c in """
     83 17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 65
     76 40 30 23 85 2 95 56 48 71 64 98 13 99 7 34 55 54 26 35 39""".split()]  # fmt: skip
 COMMON = dict(model="ViT-B/16", tasks=10, lr=1e-3, batch_size=128, head_lr=5e-4, head_batch_size=64)
-PRESETS = {  # what an option is that the command line leaves open
+PRESETS = {  # defaults per data set
     "patterns": COMMON | dict(model="tiny", tasks=8, lr=1e-2, batch_size=64),
     "cifar100": COMMON,
     "folder": COMMON,
@@ -487,8 +491,11 @@ def load_folder(config):
         paths = [files[split][c] for c in chosen]
         labels = numbered(paths)
         with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes
-            images = pool.map(partial(decode, size=size), chain(*paths))
-            return torch.stack(list(progress(images, desc=f"decoding {split}", total=len(labels)))), labels
+            images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
+            decoded = pool.map(partial(decode, size=size), chain(*paths))
+            for i, image in enumerate(progress(decoded, desc=f"decoding {split}", total=len(labels))):
+                images[i] = image
+        return images, labels
 
     return class_names(root, classes), read
 
@@ -508,7 +515,7 @@ def class_names(root, folders):
     """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its 1,000 synsets, or the folders'."""
     for listing in (root / "classes.txt", root / "README.txt"):  # ImageNet-R brings the latter
         if listing.is_file():
-            lines = (line.split(maxsplit=1) for line in listing.read_text(errors="replace").splitlines())
+            lines = (line.split(maxsplit=1) for line in listing.read_text("utf-8-sig", errors="replace").splitlines())
             names = {words[0]: words[1].strip() for words in lines if len(words) == 2}
             missing = [f for f in folders if f not in names]
             if not missing:
@@ -591,10 +598,22 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def new_folder(config):
+    """Make runs/DATASET-ALPHA-BETA-SEED, numbered when taken, also by a run that starts at the same moment."""
+    base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
+    for folder in chain([base], (f"{base}-{n}" for n in count(2))):
+        try:
+            Path(folder).mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
+
+
 class Log:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its table on the terminal."""
 
     def __init__(self, config, record):
+        config.out = config.out or new_folder(config)
         self.folder, self.events, self.checkpoint, self.began = Path(config.out), [], None, time.perf_counter()
         self.epochs = config.epochs
         try:
@@ -636,7 +655,7 @@ class Log:
         with torch.no_grad():
             for p, saved in zip(lora, self.checkpoint["lora"]):
                 p.copy_(saved)
-        head.add_classes(self.checkpoint["head"])
+        head.add_classes(self.checkpoint["head"].to(lora[0].device))
         generator.set_state(self.checkpoint["generator"])
         return self.checkpoint["epochs"], self.done
 
@@ -798,7 +817,7 @@ class Config:
     template: str = option("a good photo of a {}.", "model", "prompt; {} is the class name")
     alpha: float = option(0.1, "method", "largest relative change of the mean negative similarity, Eq. 3", low=0)
     beta: float = option(4.0, "method", "weight of the visual classifier, Eq. 5", low=0)
-    epochs: int = option(None, "method", "fix E and skip the search; 0 is zero-shot CLIP", otherwise="searched", low=0)
+    epochs: int = option(None, "method", "fix E and skip the search; 0 leaves CLIP untrained", otherwise="searched", low=0)
     max_epochs: int = option(10, "method", "longest search, in epochs", low=1)
     lr: float = option(None, "method", "learning rate of the LoRA", low=1e-12)
     batch_size: int = option(None, "method", "images a step of the LoRA", low=1)
@@ -817,13 +836,13 @@ class Config:
 
 
 def settle(config):
-    """The options as they will run: checked, none left open but `epochs`. Raises ValueError that names the option."""
+    """The options as they will run: checked, none open but `epochs` and `out`. Raises ValueError naming the option."""
     if config.resume:
         path = Path(config.resume) / "config.json"
         try:
             stored = json.loads(path.read_text()) | dict(out=config.resume, resume=config.resume)
             config = Config(**{f.name: stored[f.name] for f in fields(Config)})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--resume {config.resume}: {path} is not the record of a run ({error})") from error
     elif config.dataset in PRESETS:
         config = replace(config, **{k: v for k, v in PRESETS[config.dataset].items() if getattr(config, k) is None})
@@ -839,14 +858,11 @@ def settle(config):
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()
+    except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
     precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
-    base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
-    free = (out for out in chain([base], (f"{base}-{n}" for n in count(2))) if not Path(out).exists())
-    workers = config.workers or os.cpu_count() or 1
-    return replace(config, device=device, precision=precision, workers=workers, out=config.out or next(free))
+    return replace(config, device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
 
 
 def prepare(config):
@@ -886,13 +902,9 @@ def prepare(config):
 
 
 def clip_version():
-    """The installed distribution of `clip`: OpenAI's own is called clip, PyPI's clip-anytorch."""
-    for name in ("clip-anytorch", "clip"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            pass
-    return "unknown"
+    """The installed distribution of `clip`: PyPI's is called clip-anytorch, OpenAI's own clip."""
+    names = packages_distributions().get("clip", [])
+    return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def parse(argv):
@@ -908,8 +920,8 @@ def parse(argv):
     )
     groups = {}
     for f in fields(Config):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
+        title = f.metadata["group"]
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
         default = f.metadata.get("otherwise", f.default)
         if f.name in COMMON:
             special = {name: preset[f.name] for name, preset in PRESETS.items() if preset[f.name] != COMMON[f.name]}
@@ -918,7 +930,7 @@ def parse(argv):
         if f.type is not bool and "choices" not in f.metadata:
             kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[f.type]
         text = f.metadata["help"] if f.type is bool else f"{f.metadata['help']} (default: {default})"
-        group.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        groups[title].add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     options = vars(parser.parse_args(argv))
     if "resume" in options and len(options) > 1:
         parser.error("--resume goes on with the options that the run began with: give no others")
@@ -930,19 +942,20 @@ def main(argv=None):
     out = None
     try:
         config = settle(Config(**parse(argv)))
-        out = Path(config.out)
+        out = config.out = config.out or new_folder(config)
         run(config)
+        return 0
     except KeyboardInterrupt:
-        resume = f"; to go on: python mgclip.py --resume {out}" if out and (out / "config.json").exists() else ""
+        resume = f"; to go on: python mgclip.py --resume {out}" if out and Path(out, "config.json").exists() else ""
         print(f"\nmgclip: interrupted{resume}", file=sys.stderr)
         return 130
-    except (ValueError, ArithmeticError, OSError) as error:
-        print(f"mgclip: error: {error}", file=sys.stderr)
-        return 2
     except torch.cuda.OutOfMemoryError as error:
         print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --batch-size may help.", file=sys.stderr)
-        return 2
-    return 0
+    except (ValueError, ArithmeticError, OSError) as error:
+        print(f"mgclip: error: {error}", file=sys.stderr)
+    if out and Path(out).is_dir() and not os.listdir(out):
+        os.rmdir(out)  # nothing was begun
+    return 2
 
 
 if __name__ == "__main__":

@@ -598,6 +598,11 @@ def test_runs_with_the_same_options_get_numbered_folders(workplace):
     assert [run(Config(**OPTIONS))["folder"] for _ in range(2)] == ["runs/folder-0.1-4-0", "runs/folder-0.1-4-0-2"]
 
 
+def test_a_run_that_does_not_begin_leaves_no_folder(workplace, capsys):
+    refused(capsys, "--dataset folder --data-root nowhere", "nowhere")
+    assert list(Path("runs").iterdir()) == []
+
+
 OPTIONS = dict(dataset="folder", data_root="images", model="tiny.pt", tasks=2, epochs=0, device="cpu")
 
 
