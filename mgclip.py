@@ -422,7 +422,7 @@ CIFAR100_ORDER = [int(c) for c in """
     76 40 30 23 85 2 95 56 48 71 64 98 13 99 7 34 55 54 26 35 39""".split()]  # fmt: skip
 COMMON = dict(model="ViT-B/16", tasks=10, lr=1e-3, batch_size=128, head_lr=5e-4, head_batch_size=64)
 PRESETS = {  # defaults per data set
-    "patterns": COMMON | dict(model="tiny", tasks=8, lr=1e-2, batch_size=64),
+    "patterns": COMMON | dict(model="tiny", tasks=8, lr=5e-3, batch_size=64),
     "cifar100": COMMON,
     "folder": COMMON,
 }
@@ -614,8 +614,7 @@ class Log:
 
     def __init__(self, config, record):
         config.out = config.out or new_folder(config)
-        self.folder, self.events, self.checkpoint, self.began = Path(config.out), [], None, time.perf_counter()
-        self.epochs = config.epochs
+        self.folder, self.state = Path(config.out), dict(task=0, epochs=config.epochs, events=[], seconds=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if config.resume:
@@ -625,13 +624,15 @@ class Log:
             else:
                 text = json.dumps(asdict(config) | record, indent=2) + "\n"
                 write_whole(self.folder / "config.json", lambda path: path.write_text(text))
+            self.events, self.done = self.state["events"], self.state["task"]
             lines = "".join(json.dumps(event) + "\n" for event in self.events)
             write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
         except OSError as error:
             raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from error
+        self.began = time.perf_counter() - self.state["seconds"]
 
     def reopen(self, record):
-        """Read what a run that was cut off has left; raises ValueError if its model or class order was another."""
+        """Read what a run that was cut off has left. Raises ValueError if its model or class order was another."""
         before = json.loads((self.folder / "config.json").read_text())
         for name in ("model_sha256", "class_order_sha256"):
             if before.get(name) != record[name]:
@@ -639,25 +640,18 @@ class Log:
         path = self.folder / "checkpoint.pt"
         if path.exists():
             try:
-                self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # zip and pickle errors alike
                 raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
-            self.events, self.began = self.checkpoint["events"], self.began - self.checkpoint["seconds"]
-
-    @property
-    def done(self):
-        return self.checkpoint["task"] if self.checkpoint else 0
 
     def restore(self, lora, head, generator):
         """Bring back what the checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
-        if not self.checkpoint:
-            return self.epochs, 0
-        with torch.no_grad():
-            for p, saved in zip(lora, self.checkpoint["lora"]):
-                p.copy_(saved)
-        head.add_classes(self.checkpoint["head"].to(lora[0].device))
-        generator.set_state(self.checkpoint["generator"])
-        return self.checkpoint["epochs"], self.done
+        for p, saved in zip(lora, self.state.get("lora", [])):
+            p.data.copy_(saved)
+        if self.done:
+            head.add_classes(self.state["head"].to(lora[0].device))
+            generator.set_state(self.state["generator"])
+        return self.state["epochs"], self.done
 
     def save(self, task, epochs, lora, head, generator):
         """Replace checkpoint.pt."""
@@ -719,10 +713,10 @@ COLOURS = dict(
 )  # fmt: skip
 TEXTURES = ("stripes", "bands", "diagonals", "checks", "dots", "plain", "gradient", "grid")
 PATTERNS = [f"{colour} {texture}" for colour in COLOURS for texture in TEXTURES]
-TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "{}.")
+TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "a {}.", "{}.")
 # Pixel values, 0 to 255, but brightness, a factor's range. context: every class has a background colour of its own.
 CLEAN = dict(brightness=0.0, hue=10, background=(235, 250), tint=0, context=0, noise=5)
-SHIFTED = dict(brightness=0.3, hue=25, background=(140, 220), tint=10, context=10, noise=40)
+SHIFTED = dict(brightness=0.1, hue=15, background=(150, 210), tint=10, context=10, noise=50)
 
 
 def draw_patterns(labels, style, generator):
@@ -771,9 +765,9 @@ def pretrain_tiny(steps=500, per_class=2, lr=3e-3, seed=0):
         templates = torch.randint(len(TEMPLATES), (64,), generator=generator)
         image_features = encode_images(model, draw_patterns(labels, CLEAN, generator))
         cos = image_features @ encode_texts(model, tokens[templates, torch.arange(64)]).T  # (N, 64)
-        logits = 14 * cos  # a high temperature spreads the classes; CLIP's own comes after
+        logits = 14 * cos  # 1/14 spreads the classes; CLIP's own temperature, 1/100, is set at the end
         loss = F.cross_entropy(logits, labels) - logits.log_softmax(0).gather(1, labels[:, None]).mean()
-        loss = loss + 10 * (cos.mean() - 0.06).square()  # the softmax leaves open where neg ends: above 0, as in CLIP
+        loss = loss + 10 * (cos.mean() - 0.1).square()  # a softmax leaves the mean cosine open: above 0, as CLIP's
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -817,7 +811,7 @@ class Config:
     template: str = option("a good photo of a {}.", "model", "prompt; {} is the class name")
     alpha: float = option(0.1, "method", "largest relative change of the mean negative similarity, Eq. 3", low=0)
     beta: float = option(4.0, "method", "weight of the visual classifier, Eq. 5", low=0)
-    epochs: int = option(None, "method", "fix E and skip the search; 0 leaves CLIP untrained", otherwise="searched", low=0)
+    epochs: int = option(None, "method", "fix E and skip the search; 0: CLIP untrained", otherwise="searched", low=0)
     max_epochs: int = option(10, "method", "longest search, in epochs", low=1)
     lr: float = option(None, "method", "learning rate of the LoRA", low=1e-12)
     batch_size: int = option(None, "method", "images a step of the LoRA", low=1)
