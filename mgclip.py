@@ -48,7 +48,6 @@ import platform
 import re
 import sys
 import time
-import urllib.error
 import warnings
 import zipfile
 from collections import Counter
@@ -452,7 +451,7 @@ def load_cifar100(config):
         except (OSError, RuntimeError) as error:
             archive = torchvision.datasets.CIFAR100
             raise ValueError(
-                f"CIFAR-100 is not complete in --data-root and cannot be downloaded ({error}): "
+                f"--data-root {config.data_root}: CIFAR-100 is not there and cannot be downloaded ({error}); "
                 f"put {archive.filename} from {archive.url} into {Path(config.data_root).resolve()}"
             ) from error
         arrays[split] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
@@ -560,14 +559,11 @@ def load_clip(name_or_path, device="cpu"):
             state = torch.load(name_or_path, map_location="cpu", weights_only=True)
             model = clip.model.build_model(dict(state)).float()
             model.load_state_dict({name: state[name] for name in model.state_dict()})  # it rounds to float16
-    except urllib.error.URLError as error:
+    except Exception as error:  # of the network, the archive, the pickle or the shapes
+        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
         path = weights_file(name_or_path)
-        raise ValueError(
-            f"--model {name_or_path}: cannot be downloaded ({error.reason}): put {path.name} into {path.parent}"
-        ) from error
-    except Exception as error:  # zip, pickle and shape errors alike
-        first = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f"--model {name_or_path}: cannot be read as a CLIP, or is cut short ({first})") from error
+        what = f"cannot be downloaded; put {path.name} into {path.parent}" if named else "is no CLIP, or is cut short"
+        raise ValueError(f"--model {name_or_path}: {what} ({why})") from error
     if not isinstance(model.visual, clip.model.VisionTransformer):
         raise resnet
     return model.float().eval().to(device)
