@@ -35,7 +35,7 @@ Three commands:
     python mgclip.py --dataset folder --data-root DIR --tasks 10    your own DIR/{train,test}/<class>/<images>
 
 Parts: 1 the modality gap, 2 LoRA, 3 CLIP features, 4 preserve the gap, 5 compensate, 6 the algorithm;
-7 data, 8 results, 9 demo, 10 command line.
+7 data and weights, 8 results, 9 demo, 10 command line.
 """
 
 import argparse
@@ -413,7 +413,7 @@ def run(config):
     return log.end(E, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
 
 
-# 7 Data ---------------------------------------------------------------------------------------------------------------
+# 7 Data and weights ---------------------------------------------------------------------------------------------------
 
 CIFAR100_ORDER = [int(c) for c in """
     87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57
@@ -536,9 +536,6 @@ def task_stream(names, read, groups, size, done=0):
         yield [names[c] for c in classes], *train, *read("test", classes, size)
 
 
-# 8 Results ------------------------------------------------------------------------------------------------------------
-
-
 def load_clip(name_or_path, device="cpu"):
     """A CLIP with a ViT image encoder, in float32 and eval mode.
 
@@ -578,6 +575,9 @@ def weights_file(name_or_path):
     if name_or_path in clip.available_models():
         return Path.home() / ".cache" / "clip" / clip.clip._MODELS[name_or_path].rsplit("/", 1)[1]
     return Path(name_or_path)
+
+
+# 8 Results ------------------------------------------------------------------------------------------------------------
 
 
 def sha256(data):
@@ -684,15 +684,9 @@ class Log:
         accuracy, per_task = [e["accuracy"] for e in tasks], [e["per_task"] for e in tasks]
         best = [max(row[j] for row in per_task[j:]) for j in range(len(tasks))]
         lost = [b - now for b, now in zip(best[:-1], per_task[-1])]  # the last task cannot be forgotten yet
-        result = dict(
-            accuracy=accuracy,
-            avg=sum(accuracy) / len(accuracy),
-            last=accuracy[-1],
-            forgetting=sum(lost) / max(len(lost), 1),
-            epochs=epochs,
-            trainable_parameters=trainable_parameters,
-            seconds=time.perf_counter() - self.began,
-        )
+        result = dict(accuracy=accuracy, avg=sum(accuracy) / len(accuracy), last=accuracy[-1])
+        result |= dict(forgetting=sum(lost) / max(len(lost), 1), epochs=epochs)
+        result |= dict(trainable_parameters=trainable_parameters, seconds=time.perf_counter() - self.began)
         self.write("end", **result)
         print(
             f"\nAvg {result['avg']:.2f}   Last {result['last']:.2f}   forgetting {result['forgetting']:.2f}   "
@@ -893,8 +887,7 @@ def prepare(config):
 
 def clip_version():
     """The installed distribution of `clip`: PyPI's is called clip-anytorch, OpenAI's own clip."""
-    names = packages_distributions().get("clip", [])
-    return ", ".join(f"{name} {version(name)}" for name in names)
+    return ", ".join(f"{name} {version(name)}" for name in packages_distributions().get("clip", []))
 
 
 def parse(argv):

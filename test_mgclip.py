@@ -369,6 +369,21 @@ def test_cut_prompts_give_the_features_of_77_tokens(tiny):
         torch.testing.assert_close(encode_texts(model, tokens.int()), whole, atol=1e-6, rtol=1e-5)  # GitHub's int32
 
 
+def test_features_need_no_more_of_clip_than_openais_own_has(tiny, monkeypatch):
+    model, _, images, _, tokens = tiny
+    with torch.no_grad():
+        expected = encode_images(model, images), encode_texts(model, tokens)
+
+        def attention(block, x):  # openai/CLIP takes the mask whole: 77 tokens or an error
+            return block.attn(x, x, x, need_weights=False, attn_mask=block.attn_mask)[0]
+
+        monkeypatch.setattr(clip.model.ResidualAttentionBlock, "attention", attention)
+        with pytest.raises((RuntimeError, AssertionError)):
+            model.encode_text(tokens[:, :12])
+        for ours, theirs in zip((encode_images(model, images), encode_texts(model, tokens.int())), expected):
+            assert torch.equal(ours, theirs)
+
+
 def test_no_token_behind_the_longest_prompt_is_encoded(tiny):
     model, _, _, _, tokens = tiny
     lengths = []
