@@ -122,7 +122,8 @@ def add_lora(model, rank=8):
 
     model: a `clip.model.CLIP` with a ViT image encoder. The adapter is a parametrisation of `attn.in_proj_weight`:
     CLIP's own code runs as it is; `parametrize.remove_parametrizations(attn, "in_proj_weight")` merges it for good.
-    Returns [A_k, B_k, A_v, B_v] per block, image blocks first, then text; A (r, d) Xavier-uniform, B (d, r) zero.
+    Returns [A_k, B_k, A_v, B_v] per block, image blocks first, then text; A (r, d) Xavier-uniform, B (d, r) zero. On
+    ViT-B/16, rank 8, they have 491,520 entries; with the head's 100 x 512 that is the paper's 0.54M. No q, no MLP.
     Raises ValueError if the model is not in float32, as clip.load leaves it on a GPU.
     """
     if model.dtype != torch.float32:
@@ -253,7 +254,8 @@ def find_epochs(
 ):  # fmt: skip
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
-    Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 for 10%. neg is over all images given.
+    Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 for 10%. neg is over all images given, and
+    the learning-rate schedule over max_epochs, where that of the final runs is over E (authors' code).
     Returns (E, history), history a list of dicts with epoch, pos, neg, delta, from epoch 0 to the crossing one, each of
     which also goes to report as it comes.
     Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
@@ -352,7 +354,8 @@ def evaluate(model, head, tests, tokens, beta):
     """Accuracy in per cent over all classes seen so far (lines 10 and 11).
 
     tests: an (images, labels) pair per task so far; tokens (K, 77): the prompts of all K classes seen.
-    Returns [Eq. 5, its text half alone, its visual half alone] over all images, and Eq. 5's accuracy on each task.
+    Returns [Eq. 5, its text half alone, its visual half alone] over all images, each counted alike (authors' code), and
+    Eq. 5's accuracy on each task.
     """
     text_features = encode_texts(model, tokens)  # (K, D), once for all images
     correct = []
@@ -415,6 +418,7 @@ def run(config):
 
 # 7 Data and weights ---------------------------------------------------------------------------------------------------
 
+# the authors' order, in torchvision's class numbers
 CIFAR100_ORDER = [int(c) for c in """
     87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57
     83 17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 65
@@ -455,6 +459,7 @@ def load_cifar100(config):
                 f"put {archive.filename} from {archive.url} into {Path(config.data_root).resolve()}"
             ) from error
         arrays[split] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    # the names keep torchvision's underscores (authors' code)
     return data.classes, lambda split, classes, size: select(*arrays[split], classes)
 
 
