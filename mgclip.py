@@ -254,7 +254,7 @@ def find_epochs(
 ):  # fmt: skip
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
-    Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 for 10%. neg is over all images given, and
+    Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 is 10%. neg is over all images given, and
     the learning-rate schedule over max_epochs, where that of the final runs is over E (authors' code).
     Returns (E, history), history a list of dicts with epoch, pos, neg, delta, from epoch 0 to the crossing one, each of
     which also goes to report as it comes.
