@@ -560,7 +560,8 @@ def load_clip(name_or_path, device="cpu"):
         else:  # clip.load of openai/CLIP cannot read a state dict
             state = torch.load(name_or_path, map_location="cpu", weights_only=True)
             model = clip.model.build_model(dict(state)).float()
-            model.load_state_dict({name: state[name] for name in model.state_dict()})  # it rounds to float16
+            # once more, as build_model rounds to float16
+            model.load_state_dict({name: state[name] for name in model.state_dict()})
     except Exception as error:  # of the network, the archive, the pickle or the shapes
         why = (str(error).splitlines() or [type(error).__name__])[0][:100]
         path = weights_file(name_or_path)
