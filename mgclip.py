@@ -52,11 +52,13 @@ import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import packages_distributions, version
-from itertools import chain, count
+from itertools import chain, count, product
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -207,21 +209,50 @@ def mean_loss(losses, where):
     return sum(losses) / len(losses)
 
 
-def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc):
+@contextmanager
+def kept(lora):
+    """Within it the LoRA may change; after it the LoRA is as it was."""
+    before = [p.detach().clone() for p in lora]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, p_0 in zip(lora, before):
+                p.copy_(p_0)
+
+
+@torch.no_grad()
+def untouched_logits(model, lora, images, tokens):
+    """Logits (N, K) of the CLIP that nothing has trained yet: the same model with its LoRA switched off."""
+    with kept(lora):
+        for B in lora[1::2]:
+            B.zero_()  # ΔW = B A / r = 0
+        features = extract_features(model, images, desc="untouched CLIP")
+        return model.logit_scale.exp() * cosine(features, encode_texts(model, tokens))
+
+
+def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc, align=0.0, distill=0.0):
     """Train the LoRA on one task by the masked cross-entropy; a generator of each epoch's mean loss.
 
     The loss is over the task's own classes: older ones are masked, so their prompts, without gradient, are not encoded.
     Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
     """
     labels = labels.to(model.logit_scale.device, torch.long)
+    logits_0 = untouched_logits(model, lora, images, tokens) if distill else None  # (N, K), once: no augmentation
     optimizer = torch.optim.Adam(lora, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
     with progress(desc=desc, total=epochs * len(images)) as bar:
         for epoch in range(1, epochs + 1):
             losses = []
             for batch in torch.randperm(len(images), generator=generator).split(batch_size):
-                cos = cosine(encode_images(model, images[batch]), encode_texts(model, tokens))  # (n, K)
-                loss = F.cross_entropy(model.logit_scale.exp() * cos, labels[batch])
+                x, texts = encode_images(model, images[batch]), encode_texts(model, tokens)  # (n, D), (K, D)
+                logits = model.logit_scale.exp() * cosine(x, texts)  # (n, K)
+                loss = F.cross_entropy(logits, labels[batch])
+                if align:  # Fig. 2b: the gap between an image and its own text is made to close
+                    loss = loss + align * (x - texts[labels[batch]]).square().sum(1).mean()
+                if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
+                    p, p_0 = ((z / 2).log_softmax(1) for z in (logits, logits_0[batch]))
+                    loss = loss + distill * 2**2 * F.kl_div(p, p_0, reduction="batchmean", log_target=True)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -231,14 +262,20 @@ def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, ge
             yield mean_loss(losses, f"{desc}, epoch {epoch}")
 
 
-def finetune(model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, desc="finetune"):
+def finetune(
+    model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, align=0.0, distill=0.0,
+    desc="finetune",
+):  # fmt: skip
     """Train the LoRA for `epochs` epochs on one task (line 7).
 
     lora: what `add_lora` returned; the same one goes on from task to task. images: uint8 (N, 3, H, W);
     labels (N,): int, rows of tokens (K, 77), both of the current task alone; generator: the CPU generator of the order.
+    align, distill: weights of the baselines' losses, none in the method: the squared distance of matched unit-norm
+    features (Fig. 2b), and the KL from the untouched CLIP's probabilities over the K classes (Table 5).
     Returns the mean loss of each epoch. Raises FloatingPointError, which names epoch and step, if one is not finite.
     """
-    return list(train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc))
+    options = (epochs, lr, batch_size, generator, desc, align, distill)
+    return list(train_epochs(model, lora, images, labels, tokens, *options))
 
 
 @torch.no_grad()
@@ -250,7 +287,7 @@ def measure_gap(model, images, labels, tokens):
 
 def find_epochs(
     model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None,
-    report=lambda entry: None,
+    align=0.0, distill=0.0, report=lambda entry: None,
 ):  # fmt: skip
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
@@ -260,15 +297,14 @@ def find_epochs(
     which also goes to report as it comes.
     Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
     """
-    untrained = [p.detach().clone() for p in lora]
     pos, neg_0 = measure_gap(model, images, labels, tokens)  # line 2
     if not abs(neg_0) > 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
     report(history[-1])
-    training = train_epochs(model, lora, images, labels, tokens, max_epochs, lr, batch_size, generator, "search")
-    try:
-        for e, _ in enumerate(training, 1):  # line 3
+    options = (max_epochs, lr, batch_size, generator, "search", align, distill)
+    with kept(lora):  # line 5: restore the untrained LoRA
+        for e, _ in enumerate(train_epochs(model, lora, images, labels, tokens, *options), 1):  # line 3
             pos, neg = measure_gap(model, images, labels, tokens)
             delta = abs(neg - neg_0) / abs(neg_0)  # Eq. 3
             if not math.isfinite(delta):
@@ -277,11 +313,7 @@ def find_epochs(
             report(history[-1])
             if delta > alpha:
                 break  # line 4
-        E = max([1] + [h["epoch"] for h in history if h["delta"] <= alpha])  # line 5
-    finally:
-        with torch.no_grad():
-            for p, p_0 in zip(lora, untrained):
-                p.copy_(p_0)  # line 5
+    E = max([1] + [h["epoch"] for h in history if h["delta"] <= alpha])  # line 5
     return E, history
 
 
@@ -374,33 +406,33 @@ def run(config):
 
     Raises ValueError, OSError or FloatingPointError, with a message for the user, for whatever the user can cause.
     """
-    config, model, tasks, prompts, log = prepare(config)
+    config, model, tasks, prompts, others, log = prepare(config)
     device = model.logit_scale.device
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator)
+    losses = dict(align=config.align, distill=config.distill)
+    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator, **losses)
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
+    search = dict(alpha=config.alpha, max_epochs=config.max_epochs, report=log.search, **lora_options)
 
     lora = add_lora(model, config.rank)  # line 1
     head = CosineHead(model.text_projection.shape[1])
     E, done = log.restore(lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
-    D_1 = next(tasks)
-    if E is None:  # neither fixed by --epochs nor found before a run was cut off
-        names, images, labels, _, _ = D_1
-        search = dict(alpha=config.alpha, max_epochs=config.max_epochs, report=log.search)
+    if not done:
         with autocast:
-            E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, **lora_options)  # lines 2-5
-        log.write("epochs", epochs=E, alpha=config.alpha)
-
-    seen, tests, tasks = [], [], chain([D_1], tasks)
-    del D_1  # so that its images are not kept beside those of every later task
+            log.zeroshot(0, zeroshot_accuracies(model, others))
+    seen, tests = [], []
     for t, (names, images, labels, test_images, test_labels) in enumerate(tasks, 1):  # line 6
         tests.append((test_images, test_labels + len(seen)))
         seen += names
         if t <= done:
             continue
-        log.start(t)
+        if E is None or (config.search == "each" and config.epochs is None):  # on D_1 alone, but for --search each
+            with autocast:
+                E, _ = find_epochs(model, lora, images, labels, prompts(names), **search)  # lines 2-5
+            log.write("epochs", task=t, epochs=E, alpha=config.alpha)
+        began = time.perf_counter()
         with autocast:
             finetune(model, lora, images, labels, prompts(names), E, **lora_options, desc=f"task {t}")  # line 7
         features = extract_features(model, images)  # line 8: from here on f stands still; (N, D)
@@ -408,58 +440,95 @@ def run(config):
         fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
         with autocast:
             accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
+            retained = zeroshot_accuracies(model, others)
         with torch.no_grad():
             gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
         encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
-        log.task(t, len(seen), accuracies, per_task, gap, encoded)
-        log.save(t, E, lora, head, generator)
-    return log.end(E, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
+        log.task(t, len(seen), accuracies, per_task, gap, E, encoded, time.perf_counter() - began)
+        log.zeroshot(t, retained)
+        log.save(t, E, lora, head, generator, seen)
+    parameters = sum(p.numel() for p in lora) + head.weight.numel()
+    return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12
 
 
 # 7 Data and weights ---------------------------------------------------------------------------------------------------
 
-# the authors' order, in torchvision's class numbers
+# the authors' orders: CIFAR-100's in torchvision's class numbers, ImageNet-R's in those of its sorted synsets
 CIFAR100_ORDER = [int(c) for c in """
     87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57
     83 17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 65
     76 40 30 23 85 2 95 56 48 71 64 98 13 99 7 34 55 54 26 35 39""".split()]  # fmt: skip
-COMMON = dict(model="ViT-B/16", tasks=10, lr=1e-3, batch_size=128, head_lr=5e-4, head_batch_size=64)
-PRESETS = {  # defaults per data set
-    "patterns": COMMON | dict(model="tiny", tasks=8, lr=5e-3, batch_size=64),
-    "cifar100": COMMON,
-    "folder": COMMON,
-}
-OFFICIAL_ORDER = {"patterns": "1993", "cifar100": CIFAR100_ORDER, "folder": "natural"}
+IMAGENET_R_ORDER = [int(c) for c in """
+    150 119 193 2 75 179 129 68 145 53 171 133 31 103 146 174 149 40 142 30 183 156 167 166 124 56 109 198 185 170 51
+    55 77 32 45 23 115 39 134 177 12 126 130 37 19 34 0 135 161 108 128 18 141 24 154 160 78 85 89 73 152 112 114 104
+    44 93 138 107 100 163 3 148 147 35 199 50 25 96 79 172 98 140 22 162 6 27 60 144 197 67 165 196 102 71 65 47 9 122
+    42 63 61 180 97 84 157 168 69 41 83 92 190 191 59 72 111 155 105 57 17 116 13 28 43 136 5 14 169 7 62 110 189 95 8
+    4 137 194 90 74 70 113 186 132 192 33 36 158 188 94 121 164 58 11 178 151 184 1 10 64 15 106 52 176 26 81 82 88 125
+    46 123 91 187 86 20 76 80 66 120 131 16 159 101 87 99 195 143 21 49 38 181 29 153 54 173 127 117 182 139 118 48
+    175""".split()]  # fmt: skip
+PRESETS = {name: dict(zip(("model", "tasks", "lr", "batch_size", "head_lr", "head_batch_size", "order"), row))
+    for name, *row in (
+    # data set      model       tasks  LoRA lr, batch  head lr, batch  order of the classes
+    ("patterns",    "tiny",     8,     5e-3, 64,       5e-4, 64,       "1993"),
+    ("cifar100",    "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       CIFAR100_ORDER),
+    ("imagenet-r",  "ViT-B/16", 10,    1e-3, 64,       5e-4, 32,       IMAGENET_R_ORDER),
+    ("imagenet100", "ViT-B/16", 10,    5e-4, 128,      1e-3, 128,      "1993"),
+    ("imagenet1k",  "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "1993"),
+    ("vtab",        "ViT-B/16", 5,     1e-3, 128,      5e-4, 64,       "natural"),
+    ("folder",      "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "natural"),
+)}  # fmt: skip
 
 
 def class_order(config, classes):
     """The order of the classes: the data set's official one, natural (as listed), or NumPy's permutation of a seed."""
-    order = OFFICIAL_ORDER[config.dataset] if config.class_order == "official" else config.class_order
+    order = PRESETS[config.dataset]["order"] if config.class_order == "official" else config.class_order
     if order == "natural":
         order = range(classes)
     elif isinstance(order, str):
         order = np.random.RandomState(int(order)).permutation(classes)
+    elif len(order) != classes:
+        raise ValueError(
+            f"--class-order official: {config.dataset}'s is of {len(order)} classes, and {config.data_root} holds "
+            f"{classes}; choose natural or a seed"
+        )
     return [int(c) for c in order]
+
+
+def task_groups(config, order):
+    """The classes of every task: config.tasks is their number, as even as can be, or the number of classes in each."""
+    sizes = config.tasks
+    if isinstance(sizes, int):
+        groups = [group.tolist() for group in np.array_split(order, sizes)]
+    else:  # what is left over is not learned
+        groups = [order[end - size : end] for end, size in zip(np.cumsum(sizes), sizes)]
+    if min(map(len, groups)) < 2 or sum(map(len, groups)) < np.sum(sizes):
+        text = sizes if isinstance(sizes, int) else ",".join(map(str, sizes))
+        raise ValueError(f"--tasks {text}: too many for {len(order)} classes; Eq. 2 needs two classes in each task")
+    return groups
 
 
 # A data set is (names, read). names: of all classes. read(split, classes, size) -> (images, labels) of some classes:
 # uint8 (N, 3, H, W), files resized and cropped to (size, size), and labels (N,) that count from 0 in `classes`.
 
 
+def torchvision_data(config, kind, **options):
+    """A data set of torchvision, downloaded into --data-root if it is not there."""
+    try:
+        return kind(config.data_root, download=True, **options)
+    except (OSError, RuntimeError) as error:
+        url = getattr(kind, "url", None) or getattr(kind, "_URL", None) or kind._RESOURCES[0][0]
+        raise ValueError(
+            f"--data-root {config.data_root}: {kind.__name__} is not there and cannot be downloaded ({error}); "
+            f"put {url.rsplit('/', 1)[1]} from {url} into {Path(config.data_root).resolve()}"
+        ) from error
+
+
 def load_cifar100(config):
-    """torchvision's CIFAR-100, downloaded into --data-root if it is not there: (names, read)."""
+    """torchvision's CIFAR-100: (names, read). The names keep torchvision's underscores (authors' code)."""
     arrays = {}
     for split in ("train", "test"):
-        try:
-            data = torchvision.datasets.CIFAR100(config.data_root, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            archive = torchvision.datasets.CIFAR100
-            raise ValueError(
-                f"--data-root {config.data_root}: CIFAR-100 is not there and cannot be downloaded ({error}); "
-                f"put {archive.filename} from {archive.url} into {Path(config.data_root).resolve()}"
-            ) from error
+        data = torchvision_data(config, torchvision.datasets.CIFAR100, train=split == "train")
         arrays[split] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-    # the names keep torchvision's underscores (authors' code)
     return data.classes, lambda split, classes, size: select(*arrays[split], classes)
 
 
@@ -475,48 +544,96 @@ def numbered(groups):
 
 
 def load_folder(config):
-    """ROOT/train/<class>/* and ROOT/test/<class>/* (or val/): (names, read)."""
-    root = Path(config.data_root)
-    train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
-    for folder, what in ((root, "such folder"), (train, "train/ in it"), (test, "test/ or val/ in it")):
-        if not folder.is_dir():
-            raise ValueError(f"--data-root {root}: there is no {what}; needed: train/CLASS/* and test/CLASS/*")
-    classes = sorted({d.name for half in (train, test) for d in half.iterdir() if d.is_dir() and d.name[0] != "."})
-    files = {"train": [], "test": []}
-    for split, half in (("train", train), ("test", test)):
-        for c in classes:
-            if not (half / c).is_dir():
-                raise ValueError(f"{half}: there is no class {c}, which the other half of the data has")
-            files[split].append(sorted(f for f in (half / c).iterdir() if f.is_file() and f.name[0] != "."))
-            if not files[split][-1]:
-                raise ValueError(f"{half / c}: there is no image of this class")
+    """ROOT/train/<class>/* and ROOT/test/<class>/* (or val/), or what --train-list and --test-list name: (names, read)."""
+    root, files = Path(config.data_root), {}
+    if not root.is_dir():
+        raise ValueError(f"--data-root {root}: there is no such folder; needed: train/CLASS/* and test/CLASS/*")
+    for split, listing in (("train", config.train_list), ("test", config.test_list)):
+        files[split] = read_list(root, listing, split) if listing else scan(split_folder(root, split))
+    everywhere = natural_order(files["train"].keys() | files["test"].keys())
+    for split, c in product(files, everywhere):
+        if c not in files[split]:
+            raise ValueError(f"--data-root {root}: the {split} half has no class {c}, which the other half has")
+        if not files[split][c]:
+            raise ValueError(f"--data-root {root}: there is no {split} image of class {c}")
+    names = class_names(root, everywhere)
+    if config.dataset == "imagenet100":  # the first 100 synsets of ImageNet-1K
+        everywhere, names = everywhere[:100], names[:100]
 
     def read(split, chosen, size):
-        paths = [files[split][c] for c in chosen]
-        labels = numbered(paths)
-        with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes
-            images = torch.empty(len(labels), 3, size, size, dtype=torch.uint8)
-            decoded = pool.map(partial(decode, size=size), chain(*paths))
-            for i, image in enumerate(progress(decoded, desc=f"decoding {split}", total=len(labels))):
-                images[i] = image
-        return images, labels
+        paths = [files[split][everywhere[c]] for c in chosen]
+        decoded = partial(decode, size=size), list(chain(*paths))
+        return decode_all(*decoded, size, config.workers, f"decoding {split}"), numbered(paths)
 
-    return class_names(root, classes), read
+    return names, read
 
 
-def decode(path, size):
+def split_folder(root, split):
+    """ROOT/train, or ROOT/test, or ROOT/val in place of the latter."""
+    choices = [root / "train"] if split == "train" else [root / "test", root / "val"]
+    for folder in choices:
+        if folder.is_dir():
+            return folder
+    missing = " or ".join(f"{folder.name}/" for folder in choices)
+    raise ValueError(f"--data-root {root}: there is no {missing} in it; needed: train/CLASS/* and test/CLASS/*")
+
+
+def scan(folder):
+    """{class: its files} of FOLDER/<class>/*, without hidden ones."""
+    classes = [d for d in folder.iterdir() if d.is_dir() and d.name[0] != "."]
+    return {d.name: sorted(f for f in d.iterdir() if f.is_file() and f.name[0] != ".") for d in classes}
+
+
+def read_list(root, listing, split):
+    """{class: its files} of a list: a path per line, relative to root; the last folder in it is the class.
+
+    Lines that say just `train` or `test` head the two halves of a list that holds both (the authors' ImageNet-R).
+    """
+    files, half = {}, split
+    try:
+        lines = Path(listing).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{split}-list {listing}: cannot be read ({error})") from error
+    for line in filter(None, map(str.strip, lines)):
+        if line in ("train", "test"):
+            half = line
+        elif half == split:
+            path = root / line
+            if not path.is_file():
+                raise ValueError(f"--{split}-list {listing}: {path} is not there; its paths are relative to --data-root")
+            files.setdefault(path.parent.name, []).append(path)
+    if not files:
+        raise ValueError(f"--{split}-list {listing}: there is no path of the {split} half in it")
+    return files
+
+
+def natural_order(classes):
+    """Sorted by number if all are numbers, else as text."""
+    return sorted(classes, key=int if all(c.isdecimal() for c in classes) else None)
+
+
+def decode(source, size):
     """An image file, resized and centre-cropped exactly as CLIP's `preprocess` does it: uint8 (3, size, size)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image = transforms.functional.center_crop(transforms.functional.resize(image, size, bicubic), size)
             return transforms.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{source}: cannot be read as an image ({error})") from error
+
+
+def decode_all(decoder, items, size, workers, desc):
+    """decoder(item) of every item, in parallel, with a bar: uint8 (N, 3, size, size)."""
+    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of Python's lock while it decodes
+        for i, image in enumerate(progress(pool.map(decoder, items), desc=desc, total=len(items))):
+            images[i] = image
+    return images
 
 
 def class_names(root, folders):
-    """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its 1,000 synsets, or the folders'."""
+    """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its synsets, or the folders' own."""
     for listing in (root / "classes.txt", root / "README.txt"):  # ImageNet-R brings the latter
         if listing.is_file():
             lines = (line.split(maxsplit=1) for line in listing.read_text("utf-8-sig", errors="replace").splitlines())
@@ -526,8 +643,11 @@ def class_names(root, folders):
                 return [names[f] for f in folders]
             if listing.name == "classes.txt":
                 raise ValueError(f"{listing}: there is no line '{missing[0]} NAME'; {len(missing)} classes lack one")
-    if len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders):
-        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]  # in the order of the sorted synsets
+    synsets = all(re.fullmatch(r"n\d{8}", f) for f in folders)
+    if synsets and (len(folders) == 1000 or len(folders) == 100 and folders[-1] <= "n01855672"):  # all, or the first 100
+        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][: len(folders)]  # by sorted synset
+    if synsets or all(f.isdecimal() for f in folders):
+        print(f"mgclip: warning: {root}: prompts will say '{folders[0]}'; name the classes in classes.txt", file=sys.stderr)
     return folders
 
 
@@ -539,6 +659,34 @@ def task_stream(names, read, groups, size, done=0):
     for t, classes in enumerate(groups):
         train = read("train", classes, size) if t >= done else (None, None)
         yield [names[c] for c in classes], *train, *read("test", classes, size)
+
+
+def load_zeroshot(config, entry, size):
+    """Test images of a data set that is not learned (Table 2): (its name, class names, images, labels).
+
+    entry: food101 or pets (torchvision's), imagenet1k (the folder --data-root/imagenet1k), or NAME=FOLDER.
+    """
+    name, _, folder = entry.partition("=")
+    kinds = dict(food101=torchvision.datasets.Food101, pets=torchvision.datasets.OxfordIIITPet)
+    if name in kinds and not folder:
+        data = torchvision_data(config, kinds[name], split="test")
+        labels = torch.tensor(data._labels)
+        paths = data._image_files if name == "food101" else data._images
+        names = [c.replace("_", " ") for c in data.classes]
+    elif folder or name == "imagenet1k":
+        root = Path(folder or Path(config.data_root, name))
+        try:
+            files = scan(split_folder(root, "test"))
+        except ValueError as error:
+            raise ValueError(f"--zeroshot {entry}: there is no {root}/test/CLASS/* (or val/)") from error
+        classes = [c for c in natural_order(files) if files[c]]
+        names, labels = class_names(root, classes), numbered([files[c] for c in classes])
+        paths = [f for c in classes for f in files[c]]
+    else:
+        raise ValueError(f"--zeroshot {entry}: neither food101, pets, imagenet1k nor NAME=FOLDER")
+    if len(names) < 2:
+        raise ValueError(f"--zeroshot {entry}: needs at least two classes with images")
+    return name, names, decode_all(partial(decode, size=size), paths, size, config.workers, f"decoding {name}"), labels
 
 
 def load_clip(name_or_path, device="cpu"):
@@ -586,6 +734,59 @@ def weights_file(name_or_path):
 # 8 Results ------------------------------------------------------------------------------------------------------------
 
 
+def basis(rows, directions):
+    """Orthonormal basis (D, k) of the space that rows (N, D) span, by SVD: its leading k <= directions directions."""
+    return torch.linalg.svd(rows.float(), full_matrices=False).Vh[:directions].T
+
+
+def subspace_distance(B_1, B_2):
+    """How far the space of B_1 (D, k) lies from that of B_2 (D, l >= k), both orthonormal (Eq. 6): 0 inside, 1 at right angles.
+
+    The root mean square of the sines of the k principal angles; for k = l that is ‖B_1 B_1ᵀ - B_2 B_2ᵀ‖ / √(2k).
+    """
+    cosines = torch.linalg.svdvals(B_1.T @ B_2)
+    return (1 - cosines.square().sum() / B_1.shape[1]).clamp(min=0).sqrt().item()
+
+
+@torch.no_grad()
+def analyse(model, head, tests, tokens):
+    """Tables 4 and 5 on all test images: pos, neg, and how far the images' space is from each classifier's.
+
+    B_i, of the image features, has as many leading directions as there are classes, K; B_t is of the text features, B_vc
+    of W_v, B_t+vc of both. A distance is None where its classifier's directions fill the whole space.
+    """
+    x = torch.cat([extract_features(model, images, desc="analysis") for images, _ in tests])  # (N, D)
+    texts, W_v = encode_texts(model, tokens), F.normalize(head.weight, dim=-1)  # (K, D)
+    K, D = texts.shape
+    pos, neg = similarity_gap(x, texts, torch.cat([labels for _, labels in tests]))
+    result, B_i = dict(pos=pos, neg=neg), basis(x, K)
+    for name, rows in (("t", texts), ("vc", W_v), ("t+vc", torch.cat([texts, W_v]))):
+        result[f"d(B_i, B_{name})"] = subspace_distance(B_i, basis(rows, D)) if len(rows) < D else None
+    return result
+
+
+@torch.no_grad()
+def zeroshot_accuracies(model, others):
+    """Per cent of the images of data sets that are not learned on which the text classifier is right (Table 2)."""
+    scores = {}
+    for name, tokens, images, labels in others:
+        cos = cosine(extract_features(model, images, desc=f"zero-shot {name}"), encode_texts(model, tokens))
+        scores[name] = 100 * (cos.argmax(1).cpu() == labels).double().mean().item()
+    return scores
+
+
+def forgetting(per_task):
+    """(forgetting, backward transfer) of the rows a_t = [a_t1 .. a_tt], accuracy on each task after task t, in points.
+
+    Means over the earlier tasks j of max_{t<T} a_tj - a_Tj (Chaudhry et al. 2018) and of a_Tj - a_jj (Lopez-Paz and
+    Ranzato 2017); 0 while there is one task.
+    """
+    *before, now = per_task
+    lost = [max(row[j] for row in before[j:]) - now[j] for j in range(len(before))]
+    gained = [now[j] - row[j] for j, row in enumerate(before)]
+    return sum(lost) / max(len(lost), 1), sum(gained) / max(len(gained), 1)
+
+
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
@@ -600,9 +801,8 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def new_folder(config):
-    """Make runs/DATASET-ALPHA-BETA-SEED, numbered when taken, also by a run that starts at the same moment."""
-    base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
+def new_folder(base):
+    """Make base, or base-2, base-3, .. when taken, also by a run that starts at the same moment."""
     for folder in chain([base], (f"{base}-{n}" for n in count(2))):
         try:
             Path(folder).mkdir(parents=True)
@@ -611,54 +811,59 @@ def new_folder(config):
             pass
 
 
+def read_config(folder):
+    """config.json of a run."""
+    path = Path(folder, "config.json")
+    try:
+        stored = json.loads(path.read_text())
+        return stored, Config(**{f.name: stored[f.name] for f in fields(Config)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {path} is not the record of a run ({error!r})") from error
+
+
+def read_checkpoint(folder):
+    """checkpoint.pt of a run, None if it has none."""
+    path = Path(folder, "checkpoint.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    except Exception as error:  # zip and pickle errors alike
+        raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
+
+
 class Log:
-    """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its table on the terminal."""
+    """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its tables on the terminal."""
 
     def __init__(self, config, record):
-        config.out = config.out or new_folder(config)
         self.folder, self.state = Path(config.out), dict(task=0, epochs=config.epochs, events=[], seconds=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if config.resume:
-                self.reopen(record)
+                same_run(config.resume, record)
+                self.state = read_checkpoint(config.resume) or self.state
             elif (self.folder / "config.json").exists():
                 raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
             else:
                 text = json.dumps(asdict(config) | record, indent=2) + "\n"
                 write_whole(self.folder / "config.json", lambda path: path.write_text(text))
-            self.events, self.done = self.state["events"], self.state["task"]
+            self.events, self.done, self.header = self.state["events"], self.state["task"], None
             lines = "".join(json.dumps(event) + "\n" for event in self.events)
             write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
         except OSError as error:
             raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from error
         self.began = time.perf_counter() - self.state["seconds"]
 
-    def reopen(self, record):
-        """Read what a run that was cut off has left. Raises ValueError if its model or class order was another."""
-        before = json.loads((self.folder / "config.json").read_text())
-        for name in ("model_sha256", "class_order_sha256"):
-            if before.get(name) != record[name]:
-                raise ValueError(f"--resume {self.folder}: {name} is not what the run began with")
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            try:
-                self.state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # zip and pickle errors alike
-                raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
-
     def restore(self, lora, head, generator):
         """Bring back what the checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
-        for p, saved in zip(lora, self.state.get("lora", [])):
-            p.data.copy_(saved)
         if self.done:
-            head.add_classes(self.state["head"].to(lora[0].device))
+            restore_model(self.state, lora, head)
             generator.set_state(self.state["generator"])
         return self.state["epochs"], self.done
 
-    def save(self, task, epochs, lora, head, generator):
+    def save(self, task, epochs, lora, head, generator, classes):
         """Replace checkpoint.pt."""
         state = dict(task=task, epochs=epochs, lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu())
-        state |= dict(generator=generator.get_state(), events=self.events, seconds=time.perf_counter() - self.began)
+        state |= dict(generator=generator.get_state(), classes=classes, events=self.events)
+        state |= dict(seconds=time.perf_counter() - self.began)
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, event, **values):
@@ -666,39 +871,154 @@ class Log:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.events[-1]) + "\n")
 
+    def row(self, header, row, values):
+        """Print a row of a table, below its header where another table stood last."""
+        if header != self.header:
+            print("\n" + header)
+        self.header = header
+        print(row.format(*values), flush=True)
+
     def search(self, entry):
         self.write("search", **entry)
-        if entry["epoch"] == 0:
-            print("\nsearch, epoch     pos     neg       Δ")
-        print(f"{entry['epoch']:13d} {entry['pos']:7.4f} {entry['neg']:7.4f} {entry['delta']:7.4f}", flush=True)
+        self.row("search, epoch     pos     neg       Δ", "{:13d} {:7.4f} {:7.4f} {:7.4f}", entry.values())
 
-    def start(self, t):
-        self.task_began = time.perf_counter()
-        if t == self.done + 1:
-            print("\ntask  classes     A_t    text  visual     pos     neg  seconds  images/s", flush=True)
-
-    def task(self, t, classes, accuracies, per_task, gap, encoded):
-        seconds = time.perf_counter() - self.task_began
-        names = ("accuracy", "text_accuracy", "visual_accuracy", "pos", "neg", "seconds", "images_per_second")
-        values = (*accuracies, *gap, seconds, encoded / seconds)
+    def task(self, t, classes, accuracies, per_task, gap, epochs, encoded, seconds):
+        names = ("accuracy", "text_accuracy", "visual_accuracy", "pos", "neg", "epochs", "seconds", "images_per_second")
+        values = (*accuracies, *gap, epochs, seconds, encoded / seconds)
         self.write("task", task=t, classes_seen=classes, per_task=per_task, **dict(zip(names, values)))
-        row = "{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:8.1f} {:9.0f}"
-        print(row.format(t, classes, *values), flush=True)
+        header = "task  classes     A_t    text  visual     pos     neg   E  seconds  images/s"
+        row = "{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:3d} {:8.1f} {:9.0f}"
+        self.row(header, row, (t, classes, *values))
 
-    def end(self, epochs, trainable_parameters):
+    def zeroshot(self, task, accuracies):
+        for name, accuracy in accuracies.items():
+            self.write("zeroshot", dataset=name, task=task, accuracy=accuracy)
+
+    def end(self, trainable_parameters, analysis):
         tasks = [e for e in self.events if e["event"] == "task"]
-        accuracy, per_task = [e["accuracy"] for e in tasks], [e["per_task"] for e in tasks]
-        best = [max(row[j] for row in per_task[j:]) for j in range(len(tasks))]
-        lost = [b - now for b, now in zip(best[:-1], per_task[-1])]  # the last task cannot be forgotten yet
-        result = dict(accuracy=accuracy, avg=sum(accuracy) / len(accuracy), last=accuracy[-1])
-        result |= dict(forgetting=sum(lost) / max(len(lost), 1), epochs=epochs)
-        result |= dict(trainable_parameters=trainable_parameters, seconds=time.perf_counter() - self.began)
+        accuracy, E = [e["accuracy"] for e in tasks], [e["epochs"] for e in tasks]
+        result = dict(avg=sum(accuracy) / len(accuracy), last=accuracy[-1])
+        result |= zip(("forgetting", "backward_transfer"), forgetting([e["per_task"] for e in tasks]))
+        print("\n" + "   ".join(f"{name.replace('_', ' ').capitalize()} {value:.2f}" for name, value in result.items()))
+        print("   ".join(f"{name} {value:.4f}" for name, value in analysis.items() if value is not None))
+        E = E[0] if len(set(E)) == 1 else E
+        result |= analysis | dict(accuracy=accuracy, epochs=E, trainable_parameters=trainable_parameters)
+        scores = {}
+        for e in self.events:
+            if e["event"] == "zeroshot":
+                scores.setdefault(e["dataset"], []).append(e["accuracy"])
+        for name, values in scores.items():
+            print(f"zero-shot {name} {values[-1]:.2f}, untouched CLIP {values[0]:.2f} ({values[-1] - values[0]:+.2f})")
+        result["seconds"] = time.perf_counter() - self.began
         self.write("end", **result)
-        print(
-            f"\nAvg {result['avg']:.2f}   Last {result['last']:.2f}   forgetting {result['forgetting']:.2f}   "
-            f"E = {epochs}   {trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}"
-        )
+        print(f"E = {E}   {trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}")
         return result | dict(folder=str(self.folder))
+
+
+def same_run(folder, record):
+    """Raise ValueError if the run in the folder began with another model or class order than those of record."""
+    stored, _ = read_config(folder)
+    for name in record.keys() & {"model_sha256", "class_order_sha256"}:
+        if stored.get(name) != record[name]:
+            raise ValueError(f"--resume {folder}: {name} is not what the run began with")
+
+
+def restore_model(state, lora, head):
+    """LoRA and head as a checkpoint holds them."""
+    for p, saved in zip(lora, state["lora"]):
+        p.data.copy_(saved)
+    head.add_classes(state["head"].to(lora[0].device))
+
+
+@torch.no_grad()
+def predict(folder, paths, device="cpu", top=5):
+    """Yields (path, [(class, fused score, CLIP's probability, cosine with its row of W_v), ..]), best first, per image.
+
+    folder: of a run with at least one task done. For an unreadable image the list is the ValueError that says why.
+    """
+    _, config = read_config(folder)
+    state = read_checkpoint(folder)
+    if state is None:
+        raise ValueError(f"--resume {folder}: no task is finished, so there is nothing to predict with")
+    weights = tiny_clip() if config.model == "tiny" else config.model
+    model = load_clip(weights, device)
+    same_run(folder, dict(model_sha256=sha256(weights_file(weights).read_bytes())))
+    lora, head = add_lora(model, config.rank), CosineHead(model.text_projection.shape[1])
+    restore_model(state, lora, head)
+    texts = encode_texts(model, prompt_tokens(config.template, state["classes"]))  # (K, D)
+    for path in paths:
+        try:
+            x = encode_images(model, decode(path, model.visual.input_resolution)[None])  # (1, D)
+        except ValueError as error:
+            yield path, error
+            continue
+        text_logits, visual_cosines = model.logit_scale.exp() * cosine(x, texts), head(x)  # (1, K)
+        fused = fused_scores(text_logits, visual_cosines, config.beta)[0]
+        best = fused.argsort(descending=True)[:top].tolist()
+        columns = fused, text_logits.softmax(1)[0], visual_cosines[0]
+        yield path, [(state["classes"][k], *(column[k].item() for column in columns)) for k in best]
+
+
+def plot(folders):
+    """Draw runs, a row each, into plot.png in the first one's folder, and return its path."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot: needs matplotlib: pip install matplotlib") from None
+    blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"  # Okabe and Ito's: safe
+    figure = Figure(figsize=(13, 3.9 * len(folders)), dpi=110, layout="constrained")
+    grid = figure.subplots(len(folders), 3, squeeze=False, sharey="col")
+    for (left, middle, right), folder in zip(grid, map(Path, folders)):
+        try:
+            events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--plot {folder}: metrics.jsonl is not there or damaged ({error})") from error
+        tasks = [e for e in events if e["event"] == "task"]
+        search = [e for e in events if e["event"] == "search"]
+        alpha = next((e["alpha"] for e in events if e["event"] == "epochs"), None)
+        if not tasks:
+            raise ValueError(f"--plot {folder}: no task is finished yet")
+
+        seen = [e["classes_seen"] for e in tasks]
+        halves = (("accuracy", "both (Eq. 5)", blue, "o-"), ("text_accuracy", "text half", orange, "s--"))
+        for key, label, colour, style in (*halves, ("visual_accuracy", "visual half", green, "^:")):
+            left.plot(seen, [e[key] for e in tasks], style, color=colour, label=label)
+        for i, name in enumerate(dict.fromkeys(e["dataset"] for e in events if e["event"] == "zeroshot")):
+            scores = [e["accuracy"] for e in events if e["event"] == "zeroshot" and e["dataset"] == name]
+            left.plot([0, *seen][: len(scores)], scores, "xv+d"[i % 4] + "-.", color=grey, label=f"zero-shot: {name}")
+        left.set(title=f"{folder.name}\nHow many test images are named right", ylabel="accuracy A_t (%)")
+        left.set(xlabel="classes seen so far")
+
+        first = next((i for i, e in enumerate(search) if i and e["epoch"] == 0), len(search))
+        for key, label, colour, style in (("pos", "own text", blue, "o-"), ("neg", "other texts", red, "s--")):
+            if search:
+                start = search[0][key]
+                change = [100 * (e[key] - start) / abs(start) for e in search[:first]]
+                middle.plot(range(first), change, style, color=colour, label=f"{key}, {label}: starts at {start:.3f}")
+        if search:
+            middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: neg within {100 * alpha:g}%")
+            middle.axvline(tasks[0]["epochs"], color=grey, linestyle=":", label=f"E = {tasks[0]['epochs']} chosen")
+            middle.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            middle.text(0.5, 0.5, f"no search: E = {tasks[0]['epochs']}", ha="center", transform=middle.transAxes)
+        middle.set(title="Search on the first task:\nhow far the similarities move", xlabel="epoch")
+        middle.set(ylabel="change of the mean cosine (%)")
+
+        numbers, twin = [e["task"] for e in tasks], right.twinx()
+        right.plot(numbers, [e["pos"] for e in tasks], "o-", color=blue, label="pos, own text")
+        right.plot(numbers, [e["neg"] for e in tasks], "s--", color=red, label="neg, other texts")
+        lost = [forgetting([e["per_task"] for e in tasks[:t]])[0] for t in numbers]
+        twin.plot(numbers, lost, "^:", color=grey, label="forgetting (right axis)")
+        right.set(title="Similarity and forgetting\nfrom task to task", xlabel="task", ylabel="mean cosine of image and text")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        twin.set_ylabel("forgetting (points of accuracy)", color=grey)
+        for axes in (left, middle):
+            axes.legend(fontsize=8)
+        handles = [axes.get_legend_handles_labels() for axes in (right, twin)]
+        right.legend(*(a + b for a, b in zip(*handles)), fontsize=8)
+    path = Path(folders[0], "plot.png")
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
 
 
 # 9 Demo ---------------------------------------------------------------------------------------------------------------
@@ -787,11 +1107,15 @@ def tiny_clip():
 
 # 10 Command line ------------------------------------------------------------------------------------------------------
 
-SOURCES = {"patterns": load_patterns, "cifar100": load_cifar100, "folder": load_folder}
-
 
 def option(default, group, help, **more):
     return field(default=default, metadata=dict(group=group, help=help, **more))
+
+
+def task_sizes(text):
+    """10: ten tasks; 4,8,16: three tasks of so many classes."""
+    numbers = [int(number) for number in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 @dataclass
@@ -799,14 +1123,19 @@ class Config:
     """The options of a run, checked by `settle`; what is None there gets its value from PRESETS or from the machine."""
 
     dataset: str = option("patterns", "data", "the data set", choices=list(PRESETS))
-    data_root: str = option("data", "data", "folder of the data; CIFAR-100 is downloaded there")
-    tasks: int = option(None, "data", "number of tasks, as even as can be", low=1)
+    data_root: str = option("data", "data", "folder of the data; what torchvision has is downloaded there")
+    train_list: str = option(None, "data", "file of training images, a path below --data-root a line", otherwise="train/")
+    test_list: str = option(None, "data", "the same for test images", otherwise="test/ or val/")
+    tasks: int = option(None, "data", "number of tasks, or of classes in each: 4,8,16", type=task_sizes, low=1)
     class_order: str = option("official", "data", "official, natural (as listed), or the seed of a NumPy permutation")
+    zeroshot: tuple = option((), "data", "scored but not learned: food101, pets, imagenet1k, NAME=FOLDER",
+                             otherwise="none")  # fmt: skip
     model: str = option(None, "model", "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
     rank: int = option(8, "model", "LoRA rank r", low=1)
     template: str = option("a good photo of a {}.", "model", "prompt; {} is the class name")
     alpha: float = option(0.1, "method", "largest relative change of the mean negative similarity, Eq. 3", low=0)
     beta: float = option(4.0, "method", "weight of the visual classifier, Eq. 5", low=0)
+    search: str = option("first", "method", "tasks that the epochs are searched on", choices=["first", "each"])
     epochs: int = option(None, "method", "fix E and skip the search; 0: CLIP untrained", otherwise="searched", low=0)
     max_epochs: int = option(10, "method", "longest search, in epochs", low=1)
     lr: float = option(None, "method", "learning rate of the LoRA", low=1e-12)
@@ -814,6 +1143,8 @@ class Config:
     head_epochs: int = option(3, "method", "epochs of the visual classifier on each task", low=0)
     head_lr: float = option(None, "method", "learning rate of the visual classifier", low=1e-12)
     head_batch_size: int = option(None, "method", "images a step of the visual classifier", low=1)
+    align: float = option(0.0, "baselines", "weight of ‖image - text‖² of matched features, Fig. 2b", low=0)
+    distill: float = option(0.0, "baselines", "weight of the KL from the untouched CLIP's logits, Table 5", low=0)
     seed: int = option(0, "running", "seed of the LoRA's first values and of the order of the images", low=0)
     device: str = option(None, "running", "device of torch", otherwise="cuda if there is one, else cpu")
     precision: str = option(None, "running", "of training and scoring; the gap is always fp32",
@@ -822,78 +1153,90 @@ class Config:
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
     out: str = option(None, "running", "the run's folder",
                       otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")  # fmt: skip
-    resume: str = option(None, "running", "folder of a run that was cut off, to go on with it", otherwise="none")
+    resume: str = option(None, "finished runs", "folder of a run that was cut off, to go on with it", otherwise="none")
 
 
 def settle(config):
-    """The options as they will run: checked, none open but `epochs` and `out`. Raises ValueError naming the option."""
+    """The options as they will run: checked, none open but `epochs`. Raises ValueError naming the option."""
     if config.resume:
-        path = Path(config.resume) / "config.json"
-        try:
-            stored = json.loads(path.read_text()) | dict(out=config.resume, resume=config.resume)
-            config = Config(**{f.name: stored[f.name] for f in fields(Config)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--resume {config.resume}: {path} is not the record of a run ({error})") from error
+        config = replace(read_config(config.resume)[1], out=config.resume, resume=config.resume)
     elif config.dataset in PRESETS:
-        config = replace(config, **{k: v for k, v in PRESETS[config.dataset].items() if getattr(config, k) is None})
+        preset = {name: value for name, value in PRESETS[config.dataset].items() if hasattr(config, name)}
+        config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     for f in fields(config):
         value, name, low = getattr(config, f.name), f.name.replace("_", "-"), f.metadata.get("low")
         if value is not None and value not in f.metadata.get("choices", [value]):
             raise ValueError(f"--{name} {value}: must be one of {', '.join(f.metadata['choices'])}")
-        if value is not None and low is not None and not (math.isfinite(value) and value >= low):
-            raise ValueError(f"--{name} {value}: must be a number of at least {low}")
+        for number in () if value is None or low is None else value if isinstance(value, list) else [value]:
+            if not (math.isfinite(number) and number >= low):
+                raise ValueError(f"--{name} {number}: must be a number of at least {low}")
     if not (config.class_order in ("official", "natural") or re.fullmatch(r"\d{1,9}", config.class_order)):
         raise ValueError(f"--class-order {config.class_order}: must be official, natural or the seed of a permutation")
     if config.template.count("{}") != 1:
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(config.device)
+    precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+    model = os.path.abspath(config.model) if os.path.isfile(config.model) else config.model
+    machine = dict(device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
+    return replace(config, **machine, model=model, data_root=os.path.abspath(config.data_root))
+
+
+def pick_device(device):
+    """The device asked for, or cuda if there is one. Raises ValueError if it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device).tolist()
     except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
-    precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
-    return replace(config, device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
+    return device
+
+
+def prompt_tokens(template, names):
+    """Tokens (K, 77) of the prompts of some class names. Raises ValueError if one is longer."""
+    try:
+        return clip.tokenize([template.replace("{}", name) for name in names])
+    except RuntimeError as error:
+        raise ValueError(f"--template: {error}") from error
 
 
 def prepare(config):
-    """All that a run needs, checked before anything is computed: (config, model, tasks, prompts, log)."""
+    """All that a run needs, checked before anything is computed: (config, model, tasks, prompts, others, log).
+
+    tasks: the stream; prompts: names -> tokens; others: (name, tokens, images, labels) of each --zeroshot data set.
+    """
     config = settle(config)
-    names, read = SOURCES[config.dataset](config)
+    names, read = dict(patterns=load_patterns, cifar100=load_cifar100).get(config.dataset, load_folder)(config)
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
     order = class_order(config, len(names))
-    if len(names) < 2 * config.tasks:
-        raise ValueError(f"--tasks {config.tasks}: too many for {len(names)} classes; Eq. 2 needs two classes in each")
-
-    def prompts(names):
-        try:
-            return clip.tokenize([config.template.replace("{}", name) for name in names])
-        except RuntimeError as error:  # longer than 77 tokens
-            raise ValueError(f"--template: {error}") from error
-
+    groups = task_groups(config, order)
+    prompts = partial(prompt_tokens, config.template)
     prompts(names)
     weights = tiny_clip() if config.model == "tiny" else config.model
     model = load_clip(weights, config.device)
+    size = model.visual.input_resolution
+    others = [load_zeroshot(config, entry, size) for entry in config.zeroshot]
+    others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
     if config.compile:
         model.visual.compile()
+    clips = {name: version(name) for name in packages_distributions().get("clip", [])}  # clip-anytorch, or OpenAI's clip
     record = dict(
-        versions=dict(python=platform.python_version(), torch=torch.__version__, clip=clip_version()),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, clip=clips),
         model_sha256=sha256(weights_file(weights).read_bytes()),
         class_order_sha256=sha256(json.dumps(order).encode()),
     )
+    config.out = config.out or new_folder(default_folder(config))
     log = Log(config, record)
     print(
-        f"{config.dataset}: {len(names)} classes in {config.tasks} tasks; {config.model} in {config.precision} on "
-        f"{config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
+        f"{config.dataset}: {sum(map(len, groups))} classes in {len(groups)} tasks; {config.model} in {config.precision} "
+        f"on {config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
     )
-    groups = np.array_split(order, config.tasks)
-    return config, model, task_stream(names, read, groups, model.visual.input_resolution, log.done), prompts, log
+    return config, model, task_stream(names, read, groups, size, log.done), prompts, others, log
 
 
-def clip_version():
-    """The installed distribution of `clip`: PyPI's is called clip-anytorch, OpenAI's own clip."""
-    return ", ".join(f"{name} {version(name)}" for name in packages_distributions().get("clip", []))
+def default_folder(config):
+    return f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
 
 
 def parse(argv):
@@ -907,32 +1250,87 @@ def parse(argv):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups = {}
+    groups, common = {}, PRESETS["cifar100"]
     for f in fields(Config):
-        title = f.metadata["group"]
+        title, kind = f.metadata["group"], dict(type=f.metadata.get("type", f.type))
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         default = f.metadata.get("otherwise", f.default)
-        if f.name in COMMON:
-            special = {name: preset[f.name] for name, preset in PRESETS.items() if preset[f.name] != COMMON[f.name]}
-            default = "".join([str(COMMON[f.name]), *(f"; {name}: {value}" for name, value in special.items())])
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata.get("choices"))
-        if f.type is not bool and "choices" not in f.metadata:
+        if f.name in common:
+            special = [f"; {name}: {row[f.name]}" for name, row in PRESETS.items() if row[f.name] != common[f.name]]
+            default = f"{common[f.name]}{''.join(special)}"
+        if f.type is bool:
+            kind = dict(action="store_true")
+        elif f.type is tuple:
+            kind = dict(nargs="+", metavar="NAME")
+        elif "choices" in f.metadata:
+            kind["choices"] = f.metadata["choices"]
+        else:
             kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[f.type]
         text = f.metadata["help"] if f.type is bool else f"{f.metadata['help']} (default: {default})"
         groups[title].add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    add = groups["running"].add_argument
+    add("--runs", type=int, metavar="N", help="do N class orders: --class-order, then the seeds 1, 2, ..")
+    add("--plot", nargs="*", metavar="RUN", help="draw plot.png at the end; with RUNs: draw these, side by side")
+    add("--predict", nargs="+", metavar="IMAGE", help="the five best classes of each image, by the run of --resume")
+    add("--json", action="store_true", help="predictions as JSON, a line an image")
     options = vars(parser.parse_args(argv))
-    if "resume" in options and len(options) > 1:
-        parser.error("--resume goes on with the options that the run began with: give no others")
+    for action, beside in (("predict", {"resume", "device", "json"}), ("plot", set()), ("resume", {"plot"})):
+        if options.get(action):
+            break
+    else:
+        action, beside = "dataset", options.keys() - {"json"}
+    for name in options.keys() - beside - {action}:
+        why = "; a run goes on with the options that it began with" if action == "resume" else ""
+        parser.error(f"--{name.replace('_', '-')} does not go with --{action}{why}")
+    if action == "predict" and "resume" not in options:
+        parser.error("--predict needs --resume RUN, the run to predict with")
+    if options.get("runs", 1) < 1:
+        parser.error("--runs must be at least 1")
     return options
+
+
+def print_predictions(folder, paths, device=None, as_json=False):
+    """Print the best classes of every image. Returns the exit status: 1 if one could not be read."""
+    status = 0
+    for path, best in predict(folder, paths, pick_device(device)):
+        if isinstance(best, ValueError):
+            print(f"mgclip: {best}", file=sys.stderr)
+            status = 1
+        elif as_json:
+            names = ("class", "fused", "text", "visual")
+            print(json.dumps(dict(image=path, classes=[dict(zip(names, row)) for row in best])))
+        else:
+            print(f"\n{path}\n  fused   text  visual  class")
+            print("\n".join(f"{fused:7.4f} {text:6.4f} {visual:7.4f}  {name}" for name, fused, text, visual in best))
+    return status
 
 
 def main(argv=None):
     """The command line: returns the exit status."""
-    out = None
+    out = made = None
     try:
-        config = settle(Config(**parse(argv)))
-        out = config.out = config.out or new_folder(config)
-        run(config)
+        options = parse(argv)
+        if "predict" in options:
+            return print_predictions(options["resume"], options["predict"], options.get("device"), "json" in options)
+        if options.get("plot"):
+            print(plot(options["plot"]))
+            return 0
+        runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
+        config = settle(Config(**options))
+        out = made = config.out or new_folder(default_folder(config))
+        orders = [config.class_order, *map(str, range(1, runs or 1))]
+        results = []
+        for order in orders:
+            out = f"{made}/order-{order}" if runs else made
+            results.append(run(replace(config, class_order=order, out=out)))
+            if draw:
+                print(plot([out]))
+        if runs:
+            print(f"\n{runs} class orders, mean and standard deviation:", end="")
+            for name in ("avg", "last"):
+                values = [result[name] for result in results]
+                print(f"   {name.capitalize()} {mean(values):.2f} ± {stdev(values) if runs > 1 else 0:.2f}", end="")
+            print()
         return 0
     except KeyboardInterrupt:
         resume = f"; to go on: python mgclip.py --resume {out}" if out and Path(out, "config.json").exists() else ""
@@ -942,8 +1340,8 @@ def main(argv=None):
         print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --batch-size may help.", file=sys.stderr)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
-    if out and Path(out).is_dir() and not os.listdir(out):
-        os.rmdir(out)  # nothing was begun
+    if made and Path(made).is_dir() and not os.listdir(made):
+        os.rmdir(made)  # nothing was begun
     return 2
 
 
