@@ -414,11 +414,11 @@ def run(config):
     losses = dict(align=config.align, distill=config.distill)
     lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator, **losses)
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
-    search = dict(alpha=config.alpha, max_epochs=config.max_epochs, report=log.search, **lora_options)
+    search_options = dict(alpha=config.alpha, max_epochs=config.max_epochs, **lora_options)
 
     lora = add_lora(model, config.rank)  # line 1
     head = CosineHead(model.text_projection.shape[1])
-    E, done = log.restore(lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
+    E, done = restore(log.state, lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
     if not done:
         with autocast:
             log.zeroshot(0, zeroshot_accuracies(model, others))
@@ -428,9 +428,10 @@ def run(config):
         seen += names
         if t <= done:
             continue
-        if E is None or (config.search == "each" and config.epochs is None):  # on D_1 alone, but for --search each
+        if E is None or (config.search == "each" and config.epochs is None):  # D_1 alone
             with autocast:
-                E, _ = find_epochs(model, lora, images, labels, prompts(names), **search)  # lines 2-5
+                search = partial(find_epochs, **search_options, report=partial(log.search, t))
+                E, _ = search(model, lora, images, labels, prompts(names))  # lines 2-5
             log.write("epochs", task=t, epochs=E, alpha=config.alpha)
         began = time.perf_counter()
         with autocast:
@@ -479,55 +480,44 @@ PRESETS = {name: dict(zip(("model", "tasks", "lr", "batch_size", "head_lr", "hea
 )}  # fmt: skip
 
 
-def class_order(config, classes):
-    """The order of the classes: the data set's official one, natural (as listed), or NumPy's permutation of a seed."""
+def task_groups(config, classes):
+    """The classes of every task, in the order official (the data set's), natural (as listed) or NumPy's of a seed."""
     order = PRESETS[config.dataset]["order"] if config.class_order == "official" else config.class_order
     if order == "natural":
         order = range(classes)
     elif isinstance(order, str):
         order = np.random.RandomState(int(order)).permutation(classes)
     elif len(order) != classes:
-        raise ValueError(
-            f"--class-order official: {config.dataset}'s is of {len(order)} classes, and {config.data_root} holds "
-            f"{classes}; choose natural or a seed"
-        )
-    return [int(c) for c in order]
-
-
-def task_groups(config, order):
-    """The classes of every task: config.tasks is their number, as even as can be, or the number of classes in each."""
-    sizes = config.tasks
-    if isinstance(sizes, int):
-        groups = [group.tolist() for group in np.array_split(order, sizes)]
+        of = f"of {len(order)} classes, and {config.data_root} holds {classes}"
+        raise ValueError(f"--class-order official: {config.dataset}'s is {of}; choose natural or a seed")
+    if isinstance(config.tasks, int):
+        groups, asked = np.array_split(order, config.tasks), config.tasks
     else:  # what is left over is not learned
-        groups = [order[end - size : end] for end, size in zip(np.cumsum(sizes), sizes)]
-    if min(map(len, groups)) < 2 or sum(map(len, groups)) < np.sum(sizes):
-        text = sizes if isinstance(sizes, int) else ",".join(map(str, sizes))
-        raise ValueError(f"--tasks {text}: too many for {len(order)} classes; Eq. 2 needs two classes in each task")
-    return groups
+        groups, asked = np.split(order, np.cumsum(config.tasks))[:-1], ",".join(map(str, config.tasks))
+    sizes = [len(group) for group in groups]
+    if min(sizes) < 2 or config.tasks not in (sizes, len(sizes)):
+        raise ValueError(f"--tasks {asked}: too many for {classes} classes; Eq. 2 needs two classes in each task")
+    return [group.tolist() for group in groups]
 
 
 # A data set is (names, read). names: of all classes. read(split, classes, size) -> (images, labels) of some classes:
 # uint8 (N, 3, H, W), files resized and cropped to (size, size), and labels (N,) that count from 0 in `classes`.
 
 
-def torchvision_data(config, kind, **options):
+def torchvision_data(kind, config, **options):
     """A data set of torchvision, downloaded into --data-root if it is not there."""
     try:
         return kind(config.data_root, download=True, **options)
     except (OSError, RuntimeError) as error:
-        url = getattr(kind, "url", None) or getattr(kind, "_URL", None) or kind._RESOURCES[0][0]
-        raise ValueError(
-            f"--data-root {config.data_root}: {kind.__name__} is not there and cannot be downloaded ({error}); "
-            f"put {url.rsplit('/', 1)[1]} from {url} into {Path(config.data_root).resolve()}"
-        ) from error
+        what = f"--data-root {config.data_root}: {kind.__name__} is not there and cannot be downloaded ({error})"
+        raise ValueError(f"{what}; put {getattr(kind, 'url', 'its archives')} there") from error
 
 
 def load_cifar100(config):
     """torchvision's CIFAR-100: (names, read). The names keep torchvision's underscores (authors' code)."""
     arrays = {}
     for split in ("train", "test"):
-        data = torchvision_data(config, torchvision.datasets.CIFAR100, train=split == "train")
+        data = torchvision_data(torchvision.datasets.CIFAR100, config, train=split == "train")
         arrays[split] = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
     return data.classes, lambda split, classes, size: select(*arrays[split], classes)
 
@@ -544,50 +534,38 @@ def numbered(groups):
 
 
 def load_folder(config):
-    """ROOT/train/<class>/* and ROOT/test/<class>/* (or val/), or what --train-list and --test-list name: (names, read)."""
-    root, files = Path(config.data_root), {}
-    if not root.is_dir():
-        raise ValueError(f"--data-root {root}: there is no such folder; needed: train/CLASS/* and test/CLASS/*")
-    for split, listing in (("train", config.train_list), ("test", config.test_list)):
-        files[split] = read_list(root, listing, split) if listing else scan(split_folder(root, split))
-    everywhere = natural_order(files["train"].keys() | files["test"].keys())
-    for split, c in product(files, everywhere):
-        if c not in files[split]:
-            raise ValueError(f"--data-root {root}: the {split} half has no class {c}, which the other half has")
-        if not files[split][c]:
+    """Image files in folders by class, or as --train-list and --test-list name them: (names, read)."""
+    root, lists = Path(config.data_root), dict(train=config.train_list, test=config.test_list)
+    files = {split: read_list(root, path, split) if path else scan(root, split) for split, path in lists.items()}
+    classes = natural_order(files["train"].keys() | files["test"].keys())
+    for split, c in product(files, classes):
+        if not files[split].get(c):
             raise ValueError(f"--data-root {root}: there is no {split} image of class {c}")
-    names = class_names(root, everywhere)
-    if config.dataset == "imagenet100":  # the first 100 synsets of ImageNet-1K
-        everywhere, names = everywhere[:100], names[:100]
+    names = class_names(root, classes)
+    if config.dataset == "imagenet100":  # ImageNet-1K's first 100 synsets
+        classes, names = classes[:100], names[:100]
 
     def read(split, chosen, size):
-        paths = [files[split][everywhere[c]] for c in chosen]
-        decoded = partial(decode, size=size), list(chain(*paths))
-        return decode_all(*decoded, size, config.workers, f"decoding {split}"), numbered(paths)
+        paths = [files[split][classes[c]] for c in chosen]
+        return decode_all(list(chain(*paths)), size, config.workers, f"decoding {split}"), numbered(paths)
 
     return names, read
 
 
-def split_folder(root, split):
-    """ROOT/train, or ROOT/test, or ROOT/val in place of the latter."""
-    choices = [root / "train"] if split == "train" else [root / "test", root / "val"]
-    for folder in choices:
-        if folder.is_dir():
-            return folder
-    missing = " or ".join(f"{folder.name}/" for folder in choices)
-    raise ValueError(f"--data-root {root}: there is no {missing} in it; needed: train/CLASS/* and test/CLASS/*")
-
-
-def scan(folder):
-    """{class: its files} of FOLDER/<class>/*, without hidden ones."""
-    classes = [d for d in folder.iterdir() if d.is_dir() and d.name[0] != "."]
+def scan(root, split):
+    """{class: its files} of ROOT/train/<class>/*, or of ROOT/test/<class>/* or val/, without hidden ones."""
+    choices = ("train",) if split == "train" else ("test", "val")
+    half = next((root / name for name in choices if (root / name).is_dir()), None)
+    if half is None:
+        raise ValueError(f"{root}: there is no {'/ or '.join(choices)}/ in it; needed: train/CLASS/* and test/CLASS/*")
+    classes = [d for d in half.iterdir() if d.is_dir() and d.name[0] != "."]
     return {d.name: sorted(f for f in d.iterdir() if f.is_file() and f.name[0] != ".") for d in classes}
 
 
 def read_list(root, listing, split):
-    """{class: its files} of a list: a path per line, relative to root; the last folder in it is the class.
+    """{class: its files} of a list: a path per line, relative to root, in the folder of its class.
 
-    Lines that say just `train` or `test` head the two halves of a list that holds both (the authors' ImageNet-R).
+    The lines `train` and `test` head the halves of a list that holds both, as the authors' of ImageNet-R does.
     """
     files, half = {}, split
     try:
@@ -598,12 +576,11 @@ def read_list(root, listing, split):
         if line in ("train", "test"):
             half = line
         elif half == split:
-            path = root / line
-            if not path.is_file():
-                raise ValueError(f"--{split}-list {listing}: {path} is not there; its paths are relative to --data-root")
-            files.setdefault(path.parent.name, []).append(path)
-    if not files:
-        raise ValueError(f"--{split}-list {listing}: there is no path of the {split} half in it")
+            files.setdefault((root / line).parent.name, []).append(root / line)
+    missing = [path for path in chain(*files.values()) if not path.is_file()]
+    if missing or not files:
+        what = f"{missing[0]} is not there; its paths are relative to --data-root" if missing else "names no image"
+        raise ValueError(f"--{split}-list {listing}: {what}")
     return files
 
 
@@ -612,22 +589,23 @@ def natural_order(classes):
     return sorted(classes, key=int if all(c.isdecimal() for c in classes) else None)
 
 
-def decode(source, size):
+def decode(path, size):
     """An image file, resized and centre-cropped exactly as CLIP's `preprocess` does it: uint8 (3, size, size)."""
     bicubic = transforms.InterpolationMode.BICUBIC
     try:
-        with Image.open(source) as image:
+        with Image.open(path) as image:
             image = transforms.functional.center_crop(transforms.functional.resize(image, size, bicubic), size)
             return transforms.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds
-        raise ValueError(f"{source}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def decode_all(decoder, items, size, workers, desc):
-    """decoder(item) of every item, in parallel, with a bar: uint8 (N, 3, size, size)."""
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+def decode_all(paths, size, workers, desc):
+    """`decode` of all files, in parallel, with a bar: uint8 (N, 3, size, size)."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of Python's lock while it decodes
-        for i, image in enumerate(progress(pool.map(decoder, items), desc=desc, total=len(items))):
+        decoded = pool.map(partial(decode, size=size), paths)
+        for i, image in enumerate(progress(decoded, desc=desc, total=len(paths))):
             images[i] = image
     return images
 
@@ -643,11 +621,11 @@ def class_names(root, folders):
                 return [names[f] for f in folders]
             if listing.name == "classes.txt":
                 raise ValueError(f"{listing}: there is no line '{missing[0]} NAME'; {len(missing)} classes lack one")
-    synsets = all(re.fullmatch(r"n\d{8}", f) for f in folders)
-    if synsets and (len(folders) == 1000 or len(folders) == 100 and folders[-1] <= "n01855672"):  # all, or the first 100
-        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][: len(folders)]  # by sorted synset
+    synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
+    if synsets and (K == 1000 or K == 100 and folders[-1] <= "n01855672"):  # the latter is the hundredth
+        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:K]  # in the order of the sorted synsets
     if synsets or all(f.isdecimal() for f in folders):
-        print(f"mgclip: warning: {root}: prompts will say '{folders[0]}'; name the classes in classes.txt", file=sys.stderr)
+        print(f"mgclip: warning: {root}: without classes.txt, prompts say '{folders[0]}'", file=sys.stderr)
     return folders
 
 
@@ -661,32 +639,32 @@ def task_stream(names, read, groups, size, done=0):
         yield [names[c] for c in classes], *train, *read("test", classes, size)
 
 
-def load_zeroshot(config, entry, size):
-    """Test images of a data set that is not learned (Table 2): (its name, class names, images, labels).
+def load_zeroshot(entry, config, size):
+    """A data set to score but not to learn: (its name, class names, test images, labels).
 
-    entry: food101 or pets (torchvision's), imagenet1k (the folder --data-root/imagenet1k), or NAME=FOLDER.
+    entry: food101 or pets (torchvision's), imagenet1k (the folder of that name in --data-root), NAME=FOLDER, or patterns,
+    the demo's classes in the style that its CLIP was pre-trained on.
     """
     name, _, folder = entry.partition("=")
     kinds = dict(food101=torchvision.datasets.Food101, pets=torchvision.datasets.OxfordIIITPet)
-    if name in kinds and not folder:
-        data = torchvision_data(config, kinds[name], split="test")
-        labels = torch.tensor(data._labels)
-        paths = data._image_files if name == "food101" else data._images
-        names = [c.replace("_", " ") for c in data.classes]
-    elif folder or name == "imagenet1k":
+    if entry == "patterns":
+        labels = torch.arange(64).repeat(25)
+        return name, PATTERNS, draw_patterns(labels, CLEAN, torch.Generator().manual_seed(2)), labels
+    if folder or name == "imagenet1k":
         root = Path(folder or Path(config.data_root, name))
-        try:
-            files = scan(split_folder(root, "test"))
-        except ValueError as error:
-            raise ValueError(f"--zeroshot {entry}: there is no {root}/test/CLASS/* (or val/)") from error
-        classes = [c for c in natural_order(files) if files[c]]
-        names, labels = class_names(root, classes), numbered([files[c] for c in classes])
-        paths = [f for c in classes for f in files[c]]
+        files = scan(root, "test")
+        classes = natural_order(files)
+        names, groups = class_names(root, classes), [files[c] for c in classes]
+        paths, labels = list(chain(*groups)), numbered(groups)
+    elif name in kinds:
+        data = torchvision_data(kinds[name], config, split="test")
+        names, labels = [c.replace("_", " ") for c in data.classes], torch.tensor(data._labels)
+        paths = data._image_files if name == "food101" else data._images
     else:
-        raise ValueError(f"--zeroshot {entry}: neither food101, pets, imagenet1k nor NAME=FOLDER")
-    if len(names) < 2:
-        raise ValueError(f"--zeroshot {entry}: needs at least two classes with images")
-    return name, names, decode_all(partial(decode, size=size), paths, size, config.workers, f"decoding {name}"), labels
+        raise ValueError(f"--zeroshot {entry}: must be food101, pets, imagenet1k, patterns or NAME=FOLDER")
+    if len(paths) < 1:
+        raise ValueError(f"--zeroshot {entry}: there is no test image")
+    return name, names, decode_all(paths, size, config.workers, f"decoding {name}"), labels
 
 
 def load_clip(name_or_path, device="cpu"):
@@ -731,52 +709,54 @@ def weights_file(name_or_path):
     return Path(name_or_path)
 
 
+def load_weights(name_or_path, device):
+    """(CLIP, SHA-256 of its file); tiny is the demo's."""
+    path = tiny_clip() if name_or_path == "tiny" else name_or_path
+    return load_clip(path, device), sha256(weights_file(path).read_bytes())
+
+
 # 8 Results ------------------------------------------------------------------------------------------------------------
 
 
-def basis(rows, directions):
-    """Orthonormal basis (D, k) of the space that rows (N, D) span, by SVD: its leading k <= directions directions."""
-    return torch.linalg.svd(rows.float(), full_matrices=False).Vh[:directions].T
-
-
 def subspace_distance(B_1, B_2):
-    """How far the space of B_1 (D, k) lies from that of B_2 (D, l >= k), both orthonormal (Eq. 6): 0 inside, 1 at right angles.
+    """Distance of two subspaces, by orthonormal bases (D, k), (D, l), k <= l: 0 if one holds the other (Eq. 6).
 
-    The root mean square of the sines of the k principal angles; for k = l that is ‖B_1 B_1ᵀ - B_2 B_2ᵀ‖ / √(2k).
+    The root mean square of the sines of the k principal angles, at most 1; if k = l, ‖B_1 B_1ᵀ - B_2 B_2ᵀ‖ / √(2k).
     """
     cosines = torch.linalg.svdvals(B_1.T @ B_2)
-    return (1 - cosines.square().sum() / B_1.shape[1]).clamp(min=0).sqrt().item()
+    return (1 - cosines.square().mean()).clamp(min=0).sqrt().item()
 
 
 @torch.no_grad()
 def analyse(model, head, tests, tokens):
-    """Tables 4 and 5 on all test images: pos, neg, and how far the images' space is from each classifier's.
+    """Tables 4 and 5, on all test images: pos, neg, and how far the images' space is from each classifier's.
 
-    B_i, of the image features, has as many leading directions as there are classes, K; B_t is of the text features, B_vc
-    of W_v, B_t+vc of both. A distance is None where its classifier's directions fill the whole space.
+    Bases by SVD: B_i of the image features, cut to as many leading directions as there are classes; B_t of the text
+    features, B_vc of W_v, B_t+vc of both. A distance is None where a classifier's rows are so many that they fill R^D.
     """
-    x = torch.cat([extract_features(model, images, desc="analysis") for images, _ in tests])  # (N, D)
+    features = torch.cat([extract_features(model, images, desc="analysis") for images, _ in tests])  # (N, D)
     texts, W_v = encode_texts(model, tokens), F.normalize(head.weight, dim=-1)  # (K, D)
-    K, D = texts.shape
-    pos, neg = similarity_gap(x, texts, torch.cat([labels for _, labels in tests]))
-    result, B_i = dict(pos=pos, neg=neg), basis(x, K)
+    pos, neg = similarity_gap(features, texts, torch.cat([labels for _, labels in tests]))
+    basis = lambda rows: torch.linalg.svd(rows, full_matrices=False).Vh.T  # (D, number of rows)
+    B_i, result = basis(features)[:, : len(texts)], dict(pos=pos, neg=neg)
     for name, rows in (("t", texts), ("vc", W_v), ("t+vc", torch.cat([texts, W_v]))):
-        result[f"d(B_i, B_{name})"] = subspace_distance(B_i, basis(rows, D)) if len(rows) < D else None
+        fills = len(rows) >= rows.shape[1]
+        result[f"d(B_i, B_{name})"] = None if fills else subspace_distance(B_i, basis(rows))
     return result
 
 
 @torch.no_grad()
 def zeroshot_accuracies(model, others):
-    """Per cent of the images of data sets that are not learned on which the text classifier is right (Table 2)."""
-    scores = {}
+    """{name: per cent of the images that the text classifier names right} of data sets not learned (Table 2)."""
+    result = {}
     for name, tokens, images, labels in others:
         cos = cosine(extract_features(model, images, desc=f"zero-shot {name}"), encode_texts(model, tokens))
-        scores[name] = 100 * (cos.argmax(1).cpu() == labels).double().mean().item()
-    return scores
+        result[name] = 100 * (cos.argmax(1).cpu() == labels).double().mean().item()
+    return result
 
 
 def forgetting(per_task):
-    """(forgetting, backward transfer) of the rows a_t = [a_t1 .. a_tt], accuracy on each task after task t, in points.
+    """(forgetting, backward transfer), in points, of the rows a_t = [a_t1 .. a_tt]: accuracy on each task after task t.
 
     Means over the earlier tasks j of max_{t<T} a_tj - a_Tj (Chaudhry et al. 2018) and of a_Tj - a_jj (Lopez-Paz and
     Ranzato 2017); 0 while there is one task.
@@ -801,8 +781,9 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def new_folder(base):
-    """Make base, or base-2, base-3, .. when taken, also by a run that starts at the same moment."""
+def new_folder(config):
+    """Make runs/DATASET-ALPHA-BETA-SEED, numbered when taken, also by a run that starts at the same moment."""
+    base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
     for folder in chain([base], (f"{base}-{n}" for n in count(2))):
         try:
             Path(folder).mkdir(parents=True)
@@ -811,53 +792,56 @@ def new_folder(base):
             pass
 
 
-def read_config(folder):
-    """config.json of a run."""
+def read_run(folder, **record):
+    """(options, checkpoint or None) of a run. Raises ValueError if a SHA-256 of record is not the run's."""
     path = Path(folder, "config.json")
     try:
         stored = json.loads(path.read_text())
-        return stored, Config(**{f.name: stored[f.name] for f in fields(Config)})
+        config = Config(**{f.name: stored[f.name] for f in fields(Config)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: {path} is not the record of a run ({error!r})") from error
-
-
-def read_checkpoint(folder):
-    """checkpoint.pt of a run, None if it has none."""
+        raise ValueError(f"--resume {folder}: {path} is not the record of a run ({error})") from error
+    for name, value in record.items():
+        if name.endswith("sha256") and stored.get(name) != value:
+            raise ValueError(f"--resume {folder}: {name} is not what the run began with")
     path = Path(folder, "checkpoint.pt")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        return config, torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     except Exception as error:  # zip and pickle errors alike
         raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
+
+
+def restore(state, lora, head, generator=None):
+    """Bring back what a checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
+    if state["task"]:
+        for p, saved in zip(lora, state["lora"]):
+            p.data.copy_(saved)
+        head.add_classes(state["head"].to(lora[0].device))
+        if generator:
+            generator.set_state(state["generator"])
+    return state["epochs"], state["task"]
 
 
 class Log:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its tables on the terminal."""
 
     def __init__(self, config, record):
-        self.folder, self.state = Path(config.out), dict(task=0, epochs=config.epochs, events=[], seconds=0)
+        self.folder, self.header = Path(config.out), None
+        self.state = dict(task=0, epochs=config.epochs, events=[], seconds=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if config.resume:
-                same_run(config.resume, record)
-                self.state = read_checkpoint(config.resume) or self.state
+                self.state = read_run(self.folder, **record)[1] or self.state
             elif (self.folder / "config.json").exists():
                 raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
             else:
                 text = json.dumps(asdict(config) | record, indent=2) + "\n"
                 write_whole(self.folder / "config.json", lambda path: path.write_text(text))
-            self.events, self.done, self.header = self.state["events"], self.state["task"], None
+            self.events = self.state["events"]
             lines = "".join(json.dumps(event) + "\n" for event in self.events)
             write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
         except OSError as error:
             raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from error
         self.began = time.perf_counter() - self.state["seconds"]
-
-    def restore(self, lora, head, generator):
-        """Bring back what the checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
-        if self.done:
-            restore_model(self.state, lora, head)
-            generator.set_state(self.state["generator"])
-        return self.state["epochs"], self.done
 
     def save(self, task, epochs, lora, head, generator, classes):
         """Replace checkpoint.pt."""
@@ -878,8 +862,8 @@ class Log:
         self.header = header
         print(row.format(*values), flush=True)
 
-    def search(self, entry):
-        self.write("search", **entry)
+    def search(self, t, entry):
+        self.write("search", task=t, **entry)
         self.row("search, epoch     pos     neg       Δ", "{:13d} {:7.4f} {:7.4f} {:7.4f}", entry.values())
 
     def task(self, t, classes, accuracies, per_task, gap, epochs, encoded, seconds):
@@ -897,74 +881,63 @@ class Log:
     def end(self, trainable_parameters, analysis):
         tasks = [e for e in self.events if e["event"] == "task"]
         accuracy, E = [e["accuracy"] for e in tasks], [e["epochs"] for e in tasks]
-        result = dict(avg=sum(accuracy) / len(accuracy), last=accuracy[-1])
-        result |= zip(("forgetting", "backward_transfer"), forgetting([e["per_task"] for e in tasks]))
-        print("\n" + "   ".join(f"{name.replace('_', ' ').capitalize()} {value:.2f}" for name, value in result.items()))
-        print("   ".join(f"{name} {value:.4f}" for name, value in analysis.items() if value is not None))
         E = E[0] if len(set(E)) == 1 else E
+        result = dict(avg=mean(accuracy), last=accuracy[-1])
+        result |= zip(("forgetting", "backward_transfer"), forgetting([e["per_task"] for e in tasks]))
+        heading = [f"{name.capitalize().replace('_', ' ')} {value:.2f}" for name, value in result.items()]
+        print("\n" + "   ".join([*heading, f"E = {E}"]))
+        print("   ".join(f"{name} {value:.4f}" for name, value in analysis.items() if value is not None))
+        scores = [e for e in self.events if e["event"] == "zeroshot"]
+        for name in dict.fromkeys(e["dataset"] for e in scores):
+            before, *_, after = [e["accuracy"] for e in scores if e["dataset"] == name]
+            print(f"zero-shot {name} {after:.2f}, by the untouched CLIP {before:.2f}: {after - before:+.2f}")
         result |= analysis | dict(accuracy=accuracy, epochs=E, trainable_parameters=trainable_parameters)
-        scores = {}
-        for e in self.events:
-            if e["event"] == "zeroshot":
-                scores.setdefault(e["dataset"], []).append(e["accuracy"])
-        for name, values in scores.items():
-            print(f"zero-shot {name} {values[-1]:.2f}, untouched CLIP {values[0]:.2f} ({values[-1] - values[0]:+.2f})")
-        result["seconds"] = time.perf_counter() - self.began
+        result |= dict(seconds=time.perf_counter() - self.began)
         self.write("end", **result)
-        print(f"E = {E}   {trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}")
+        print(f"{trainable_parameters:,} trainable parameters   {result['seconds']:.0f} s\n{self.folder}")
         return result | dict(folder=str(self.folder))
 
 
-def same_run(folder, record):
-    """Raise ValueError if the run in the folder began with another model or class order than those of record."""
-    stored, _ = read_config(folder)
-    for name in record.keys() & {"model_sha256", "class_order_sha256"}:
-        if stored.get(name) != record[name]:
-            raise ValueError(f"--resume {folder}: {name} is not what the run began with")
-
-
-def restore_model(state, lora, head):
-    """LoRA and head as a checkpoint holds them."""
-    for p, saved in zip(lora, state["lora"]):
-        p.data.copy_(saved)
-    head.add_classes(state["head"].to(lora[0].device))
-
-
 @torch.no_grad()
-def predict(folder, paths, device="cpu", top=5):
-    """Yields (path, [(class, fused score, CLIP's probability, cosine with its row of W_v), ..]), best first, per image.
+def predict(folder, paths, device, as_json):
+    """Print the five best classes of every image by a run's last checkpoint. Returns 1 if one cannot be read, else 0.
 
-    folder: of a run with at least one task done. For an unreadable image the list is the ValueError that says why.
+    fused: Eq. 5; text: CLIP's probability of the class; visual: the cosine with its row of W_v.
     """
-    _, config = read_config(folder)
-    state = read_checkpoint(folder)
+    config, state = read_run(folder)
     if state is None:
-        raise ValueError(f"--resume {folder}: no task is finished, so there is nothing to predict with")
-    weights = tiny_clip() if config.model == "tiny" else config.model
-    model = load_clip(weights, device)
-    same_run(folder, dict(model_sha256=sha256(weights_file(weights).read_bytes())))
-    lora, head = add_lora(model, config.rank), CosineHead(model.text_projection.shape[1])
-    restore_model(state, lora, head)
+        raise ValueError(f"--resume {folder}: has no checkpoint yet; one comes with the first task that is learned")
+    model, model_sha256 = load_weights(config.model, device)
+    read_run(folder, model_sha256=model_sha256)
+    lora, head, status = add_lora(model, config.rank), CosineHead(model.text_projection.shape[1]), 0
+    restore(state, lora, head)
     texts = encode_texts(model, prompt_tokens(config.template, state["classes"]))  # (K, D)
     for path in paths:
         try:
-            x = encode_images(model, decode(path, model.visual.input_resolution)[None])  # (1, D)
+            features = encode_images(model, decode(path, model.visual.input_resolution)[None])  # (1, D)
         except ValueError as error:
-            yield path, error
+            print(f"mgclip: {error}", file=sys.stderr)
+            status = 1
             continue
-        text_logits, visual_cosines = model.logit_scale.exp() * cosine(x, texts), head(x)  # (1, K)
-        fused = fused_scores(text_logits, visual_cosines, config.beta)[0]
-        best = fused.argsort(descending=True)[:top].tolist()
-        columns = fused, text_logits.softmax(1)[0], visual_cosines[0]
-        yield path, [(state["classes"][k], *(column[k].item() for column in columns)) for k in best]
+        text_logits, visual_cosines = model.logit_scale.exp() * cosine(features, texts), head(features)  # (1, K)
+        fused = fused_scores(text_logits, visual_cosines, config.beta)
+        scores = torch.cat([fused, text_logits.softmax(1), visual_cosines])[:, fused[0].argsort(descending=True)[:5]]
+        names = [state["classes"][k] for k in fused[0].argsort(descending=True)[:5]]
+        rows = [dict(zip(("class", "fused", "text", "visual"), row)) for row in zip(names, *scores.tolist())]
+        if as_json:
+            print(json.dumps(dict(image=path, classes=rows)))
+        else:
+            print(f"\n{path}\n  fused    text  visual  class")
+            print("\n".join("{fused:7.4f} {text:7.4f} {visual:7.4f}  {class}".format(**row) for row in rows))
+    return status
 
 
 def plot(folders):
-    """Draw runs, a row each, into plot.png in the first one's folder, and return its path."""
+    """Draw runs, one a row, into plot.png in the first one's folder, and return its path."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot: needs matplotlib: pip install matplotlib") from None
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"  # Okabe and Ito's: safe
     figure = Figure(figsize=(13, 3.9 * len(folders)), dpi=110, layout="constrained")
     grid = figure.subplots(len(folders), 3, squeeze=False, sharey="col")
@@ -973,49 +946,45 @@ def plot(folders):
             events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"--plot {folder}: metrics.jsonl is not there or damaged ({error})") from error
-        tasks = [e for e in events if e["event"] == "task"]
-        search = [e for e in events if e["event"] == "search"]
-        alpha = next((e["alpha"] for e in events if e["event"] == "epochs"), None)
+        tasks, search, scores = ([e for e in events if e["event"] == name] for name in ("task", "search", "zeroshot"))
+        search = [e for e in search if e["task"] == 1]
         if not tasks:
-            raise ValueError(f"--plot {folder}: no task is finished yet")
+            raise ValueError(f"--plot {folder}: no task is learned yet")
+        column = lambda name, tasks=tasks: [e[name] for e in tasks]
 
-        seen = [e["classes_seen"] for e in tasks]
-        halves = (("accuracy", "both (Eq. 5)", blue, "o-"), ("text_accuracy", "text half", orange, "s--"))
-        for key, label, colour, style in (*halves, ("visual_accuracy", "visual half", green, "^:")):
-            left.plot(seen, [e[key] for e in tasks], style, color=colour, label=label)
-        for i, name in enumerate(dict.fromkeys(e["dataset"] for e in events if e["event"] == "zeroshot")):
-            scores = [e["accuracy"] for e in events if e["event"] == "zeroshot" and e["dataset"] == name]
-            left.plot([0, *seen][: len(scores)], scores, "xv+d"[i % 4] + "-.", color=grey, label=f"zero-shot: {name}")
-        left.set(title=f"{folder.name}\nHow many test images are named right", ylabel="accuracy A_t (%)")
-        left.set(xlabel="classes seen so far")
+        seen = column("classes_seen")
+        left.plot(seen, column("accuracy"), "o-", color=blue, label="both (Eq. 5)")
+        left.plot(seen, column("text_accuracy"), "s--", color=orange, label="text half")
+        left.plot(seen, column("visual_accuracy"), "^:", color=green, label="visual half")
+        for i, name in enumerate(dict.fromkeys(e["dataset"] for e in scores)):
+            values = [e["accuracy"] for e in scores if e["dataset"] == name]
+            left.plot([0, *seen][: len(values)], values, "xv+d"[i % 4] + "-.", color=grey, label=f"zero-shot: {name}")
+        left.set(title=f"{folder.name}\nTest images named right", xlabel="classes seen so far", ylabel="A_t (%)")
+        left.legend(fontsize=8)
 
-        first = next((i for i, e in enumerate(search) if i and e["epoch"] == 0), len(search))
-        for key, label, colour, style in (("pos", "own text", blue, "o-"), ("neg", "other texts", red, "s--")):
-            if search:
-                start = search[0][key]
-                change = [100 * (e[key] - start) / abs(start) for e in search[:first]]
-                middle.plot(range(first), change, style, color=colour, label=f"{key}, {label}: starts at {start:.3f}")
         if search:
-            middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: neg within {100 * alpha:g}%")
-            middle.axvline(tasks[0]["epochs"], color=grey, linestyle=":", label=f"E = {tasks[0]['epochs']} chosen")
-            middle.xaxis.get_major_locator().set_params(integer=True)
+            alpha = next(e["alpha"] for e in events if e["event"] == "epochs")
+            for key, label, colour, style in (("pos", "own text", blue, "o-"), ("neg", "other texts", red, "s--")):
+                values = [e[key] for e in search]
+                change = [100 * (value - values[0]) / abs(values[0]) for value in values]
+                middle.plot(change, style, color=colour, label=f"{key}, {label}: from {values[0]:.3f}")
+            middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: {100 * alpha:g}%")
+            middle.axvline(tasks[0]["epochs"], color=grey, linestyle=":", label=f"E = {tasks[0]['epochs']} is taken")
+            middle.legend(fontsize=8)
         else:
             middle.text(0.5, 0.5, f"no search: E = {tasks[0]['epochs']}", ha="center", transform=middle.transAxes)
-        middle.set(title="Search on the first task:\nhow far the similarities move", xlabel="epoch")
-        middle.set(ylabel="change of the mean cosine (%)")
+        middle.set(title="Search on the first task:\nhow far mean cosines move", xlabel="epoch", ylabel="change (%)")
 
-        numbers, twin = [e["task"] for e in tasks], right.twinx()
-        right.plot(numbers, [e["pos"] for e in tasks], "o-", color=blue, label="pos, own text")
-        right.plot(numbers, [e["neg"] for e in tasks], "s--", color=red, label="neg, other texts")
-        lost = [forgetting([e["per_task"] for e in tasks[:t]])[0] for t in numbers]
-        twin.plot(numbers, lost, "^:", color=grey, label="forgetting (right axis)")
-        right.set(title="Similarity and forgetting\nfrom task to task", xlabel="task", ylabel="mean cosine of image and text")
-        right.xaxis.get_major_locator().set_params(integer=True)
+        twin, numbers = right.twinx(), column("task")
+        lost = [forgetting(column("per_task")[:t])[0] for t in numbers]
+        lines = right.plot(numbers, column("pos"), "o-", color=blue, label="pos, own text")
+        lines += right.plot(numbers, column("neg"), "s--", color=red, label="neg, other texts")
+        lines += twin.plot(numbers, lost, "^:", color=grey, label="forgetting (right axis)")
+        right.legend(handles=lines, fontsize=8)
+        right.set(title="Similarity and forgetting,\ntask by task", xlabel="task", ylabel="mean cosine")
         twin.set_ylabel("forgetting (points of accuracy)", color=grey)
-        for axes in (left, middle):
-            axes.legend(fontsize=8)
-        handles = [axes.get_legend_handles_labels() for axes in (right, twin)]
-        right.legend(*(a + b for a, b in zip(*handles)), fontsize=8)
+        for axes in (middle, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
     path = Path(folders[0], "plot.png")
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
@@ -1124,11 +1093,11 @@ class Config:
 
     dataset: str = option("patterns", "data", "the data set", choices=list(PRESETS))
     data_root: str = option("data", "data", "folder of the data; what torchvision has is downloaded there")
-    train_list: str = option(None, "data", "file of training images, a path below --data-root a line", otherwise="train/")
+    train_list: str = option(None, "data", "file with a path below --data-root a line", otherwise="train/")
     test_list: str = option(None, "data", "the same for test images", otherwise="test/ or val/")
     tasks: int = option(None, "data", "number of tasks, or of classes in each: 4,8,16", type=task_sizes, low=1)
     class_order: str = option("official", "data", "official, natural (as listed), or the seed of a NumPy permutation")
-    zeroshot: tuple = option((), "data", "scored but not learned: food101, pets, imagenet1k, NAME=FOLDER",
+    zeroshot: tuple = option((), "data", "scored, not learned: food101, pets, imagenet1k, NAME=FOLDER",
                              otherwise="none")  # fmt: skip
     model: str = option(None, "model", "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
     rank: int = option(8, "model", "LoRA rank r", low=1)
@@ -1159,7 +1128,7 @@ class Config:
 def settle(config):
     """The options as they will run: checked, none open but `epochs`. Raises ValueError naming the option."""
     if config.resume:
-        config = replace(read_config(config.resume)[1], out=config.resume, resume=config.resume)
+        config = replace(read_run(config.resume)[0], out=config.resume, resume=config.resume)
     elif config.dataset in PRESETS:
         preset = {name: value for name, value in PRESETS[config.dataset].items() if hasattr(config, name)}
         config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
@@ -1209,34 +1178,28 @@ def prepare(config):
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
-    order = class_order(config, len(names))
-    groups = task_groups(config, order)
-    prompts = partial(prompt_tokens, config.template)
+    groups, prompts = task_groups(config, len(names)), partial(prompt_tokens, config.template)
     prompts(names)
-    weights = tiny_clip() if config.model == "tiny" else config.model
-    model = load_clip(weights, config.device)
+    model, model_sha256 = load_weights(config.model, config.device)
     size = model.visual.input_resolution
-    others = [load_zeroshot(config, entry, size) for entry in config.zeroshot]
+    others = [load_zeroshot(entry, config, size) for entry in config.zeroshot]
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
     if config.compile:
         model.visual.compile()
-    clips = {name: version(name) for name in packages_distributions().get("clip", [])}  # clip-anytorch, or OpenAI's clip
+    clips = packages_distributions().get("clip", [])  # PyPI's is called clip-anytorch, OpenAI's own clip
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
     record = dict(
-        versions=dict(python=platform.python_version(), torch=torch.__version__, clip=clips),
-        model_sha256=sha256(weights_file(weights).read_bytes()),
-        class_order_sha256=sha256(json.dumps(order).encode()),
+        versions=versions | dict(clip=", ".join(f"{name} {version(name)}" for name in clips)),
+        model_sha256=model_sha256,
+        class_order_sha256=sha256(json.dumps(list(chain(*groups))).encode()),
     )
-    config.out = config.out or new_folder(default_folder(config))
+    config.out = config.out or new_folder(config)
     log = Log(config, record)
     print(
-        f"{config.dataset}: {sum(map(len, groups))} classes in {len(groups)} tasks; {config.model} in {config.precision} "
-        f"on {config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
+        f"{config.dataset}: {sum(map(len, groups))} classes in {len(groups)} tasks; {config.model} in "
+        f"{config.precision} on {config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
     )
-    return config, model, task_stream(names, read, groups, size, log.done), prompts, others, log
-
-
-def default_folder(config):
-    return f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
+    return config, model, task_stream(names, read, groups, size, log.state["task"]), prompts, others, log
 
 
 def parse(argv):
@@ -1289,35 +1252,20 @@ def parse(argv):
     return options
 
 
-def print_predictions(folder, paths, device=None, as_json=False):
-    """Print the best classes of every image. Returns the exit status: 1 if one could not be read."""
-    status = 0
-    for path, best in predict(folder, paths, pick_device(device)):
-        if isinstance(best, ValueError):
-            print(f"mgclip: {best}", file=sys.stderr)
-            status = 1
-        elif as_json:
-            names = ("class", "fused", "text", "visual")
-            print(json.dumps(dict(image=path, classes=[dict(zip(names, row)) for row in best])))
-        else:
-            print(f"\n{path}\n  fused   text  visual  class")
-            print("\n".join(f"{fused:7.4f} {text:6.4f} {visual:7.4f}  {name}" for name, fused, text, visual in best))
-    return status
-
-
 def main(argv=None):
     """The command line: returns the exit status."""
     out = made = None
     try:
         options = parse(argv)
         if "predict" in options:
-            return print_predictions(options["resume"], options["predict"], options.get("device"), "json" in options)
+            device = pick_device(options.get("device"))
+            return predict(options["resume"], options["predict"], device, "json" in options)
         if options.get("plot"):
             print(plot(options["plot"]))
             return 0
         runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
         config = settle(Config(**options))
-        out = made = config.out or new_folder(default_folder(config))
+        out = made = config.out or new_folder(config)
         orders = [config.class_order, *map(str, range(1, runs or 1))]
         results = []
         for order in orders:
