@@ -604,8 +604,9 @@ def test_same_seed_same_numbers_bit_for_bit(workplace):
     assert all(torch.equal(p, q) for p, q in zip(a["lora"] + [a["head"]], b["lora"] + [b["head"]]))
 
 
-def test_a_run_cut_off_goes_on_as_if_it_had_not_been(workplace, monkeypatch, capsys):
-    options = f"{FOLDER} --max-epochs 2 --lr 0.01 --out"
+@pytest.mark.parametrize("more", ["", "--search each --zeroshot own=images"])
+def test_a_run_cut_off_goes_on_as_if_it_had_not_been(workplace, monkeypatch, capsys, more):
+    options = f"{FOLDER} --max-epochs 2 --lr 0.01 {more} --out"
     main(f"{options} whole".split())
     evaluate, calls = mgclip.evaluate, []
 
@@ -637,8 +638,7 @@ OPTIONS = dict(dataset="folder", data_root="images", model="tiny.pt", tasks=2, e
 
 
 def test_tasks_are_as_even_as_can_be_and_follow_the_order(workplace, monkeypatch):
-    seen, tokenize = [], clip.tokenize
-    monkeypatch.setattr(clip, "tokenize", lambda texts: seen.append(texts) or tokenize(texts))
+    seen = prompts_of(monkeypatch)
     run(Config(**{**OPTIONS, "tasks": 2, "class_order": "5", "template": "{}"}))
     order = [NAMES[i] for i in np.random.RandomState(5).permutation(6)]
     assert order[:3] in seen and order[3:] in seen and order in seen
@@ -686,8 +686,7 @@ def cifar(workplace, monkeypatch):
 
 
 def test_cifar100_runs_in_the_authors_order_with_torchvisions_names(cifar, monkeypatch):
-    seen, tokenize = [], clip.tokenize
-    monkeypatch.setattr(clip, "tokenize", lambda texts: seen.append(texts) or tokenize(texts))
+    seen = prompts_of(monkeypatch)
     assert main("--dataset cifar100 --model tiny.pt --epochs 1 --device cpu --out run".split()) == 0
     first = [f"a good photo of a {cifar[c]}." for c in (87, 0, 52, 58, 44, 91, 68, 97, 51, 15)]
     assert first in seen and "thing_87" in first[0]
@@ -780,10 +779,28 @@ def refused(capsys, arguments, *words):
         (FOLDER + " --out tiny.pt/run", ("--out tiny.pt/run", "cannot be written")),
         (FOLDER + " --lr 1e30 --epochs 3", ("task 1", "epoch", "step", "loss")),
         ("--resume nowhere", ("--resume nowhere", "config.json")),
-        ("--resume nowhere --alpha 1", ("--resume",)),
+        ("--resume nowhere --alpha 1", ("--alpha", "--resume")),
+        (FOLDER + " --tasks 4,4", ("--tasks 4,4", "6 classes")),
+        (FOLDER + " --tasks 5,1", ("--tasks 5,1", "two classes in each")),
+        (FOLDER + " --tasks ten", ("--tasks", "ten")),
+        (FOLDER + " --align -1", ("--align -1", "at least 0")),
+        (FOLDER + " --search all", ("--search", "first")),
+        (FOLDER + " --zeroshot birds", ("--zeroshot birds", "NAME=FOLDER")),
+        (FOLDER + " --zeroshot birds=nowhere", ("nowhere", "test/")),
+        (FOLDER + " --train-list nowhere.txt", ("--train-list nowhere.txt", "cannot be read")),
+        (FOLDER + " --test-list images/list.txt", ("--test-list images/list.txt", "images/a/b.png", "--data-root")),
+        (FOLDER + " --dataset imagenet-r", ("official", "200 classes", "holds 6", "natural")),
+        (FOLDER + " --runs 0", ("--runs",)),
+        (FOLDER + " --json", ("--json",)),
+        ("--predict a.png", ("--predict", "--resume RUN")),
+        ("--predict a.png --resume nowhere", ("--resume nowhere", "config.json")),
+        ("--predict a.png --resume nowhere --alpha 1", ("--alpha", "--predict")),
+        ("--plot nowhere", ("--plot nowhere", "metrics.jsonl")),
+        ("--plot nowhere --alpha 1", ("--alpha", "--plot")),
     ],
 )
 def test_bad_option_is_one_message(workplace, capsys, options, words):
+    Path("images/list.txt").write_text("test\na/b.png\n")
     refused(capsys, options, *words)
 
 
@@ -911,6 +928,369 @@ def test_every_stage_has_a_bar_with_its_name_and_rate_on_a_terminal(workplace, m
     assert main(f"{FOLDER} --out run --max-epochs 1".split()) == 0
     for stage in ("decoding train", "search", "gap", "task 1", "image features", "test images"):
         assert re.search(rf"{stage}: .* images/s", terminal.getvalue()), stage
+
+
+# Baselines as losses --------------------------------------------------------------------------------------------------
+
+
+def first_loss(tiny, **weights):
+    """The loss of the first step on the first golden task, before anything is trained, and its ingredients."""
+    model, lora, images, labels, tokens = tiny
+    with torch.no_grad():
+        x, texts = encode_images(model, images[:24]), encode_texts(model, tokens[:3])
+    (loss,) = finetune(model, lora, images[:24], labels[:24], tokens[:3], 1, 0.01, 24, order(), **weights)
+    return loss, F.cross_entropy(100 * x @ texts.T, labels[:24]).item(), x, texts[labels[:24]]
+
+
+def test_align_adds_the_squared_distance_of_matched_features(tiny):
+    loss, plain, x, own = first_loss(tiny, align=0.5)
+    assert loss == pytest.approx(plain + 0.5 * (x - own).square().sum(1).mean().item(), rel=1e-5)
+
+
+def test_align_closes_the_gap_that_cross_entropy_leaves():
+    pos = []
+    for align in (0.0, 100.0):
+        model, lora, images, labels, tokens = golden_inputs()
+        finetune(model, lora, images[:24], labels[:24], tokens[:3], 3, 0.01, 24, order(), align=align)
+        pos.append(mgclip.measure_gap(model, images[:24], labels[:24], tokens[:3])[0])
+    assert pos[1] > pos[0] + 0.05
+
+
+def test_distill_is_nothing_before_training_and_then_keeps_the_logits_of_the_untouched_clip(tiny):
+    loss, plain, _, _ = first_loss(tiny, distill=10.0)
+    assert loss == pytest.approx(plain, rel=1e-5)
+    drift = []
+    for distill in (0.0, 100.0):
+        model, lora, images, labels, tokens = golden_inputs()
+        task = images[:24], tokens[:3]
+        before = mgclip.untouched_logits(model, lora, *task)
+        finetune(model, lora, task[0], labels[:24], task[1], 3, 0.01, 24, order(), distill=distill)
+        with torch.no_grad():
+            after = 100 * encode_images(model, task[0]) @ encode_texts(model, task[1]).T
+        assert torch.allclose(mgclip.untouched_logits(model, lora, *task), before, atol=1e-4)  # LoRA off, and on again
+        drift.append((after - before).abs().mean().item())
+    assert drift[1] < drift[0] / 2
+
+
+def test_distill_is_the_kl_at_temperature_two(tiny):
+    model, lora, images, labels, tokens = tiny
+    finetune(model, lora, images[:24], labels[:24], tokens[:3], 1, 0.01, 24, order())
+    with torch.no_grad():
+        logits = 100 * encode_images(model, images[:24]) @ encode_texts(model, tokens[:3]).T
+    p_0 = (mgclip.untouched_logits(model, lora, images[:24], tokens[:3]) / 2).softmax(1)
+    kl = (p_0 * (p_0.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+    loss, plain, _, _ = first_loss(tiny, distill=3.0)
+    assert loss == pytest.approx(plain + 3 * 4 * kl.item(), rel=1e-4) and kl > 0.001
+
+
+# Analyses -------------------------------------------------------------------------------------------------------------
+
+
+def test_subspace_distance_is_the_sine_of_the_angle_between():
+    e, angle = torch.eye(4), math.radians(30)
+    turned = (math.cos(angle) * e[0] + math.sin(angle) * e[2])[:, None]
+    assert mgclip.subspace_distance(e[:, :1], turned) == pytest.approx(0.5, abs=1e-6)
+    assert mgclip.subspace_distance(e[:, :2], e[:, 2:]) == 1 and mgclip.subspace_distance(e[:, :2], e[:, :3]) == 0
+    A, B = (torch.linalg.qr(torch.randn(9, 4, generator=order(s)))[0] for s in (0, 1))
+    projections = (A @ A.T - B @ B.T).norm().item() / 8**0.5
+    assert mgclip.subspace_distance(A, B) == pytest.approx(projections, rel=1e-4)
+
+
+def test_analysis_cuts_the_image_basis_to_the_number_of_classes(tiny):
+    model, _, images, labels, tokens = tiny
+    head = CosineHead(64)
+    head.add_classes(class_prototypes(extract_features(model, images), labels))
+    result = mgclip.analyse(model, head, [(images[:24], labels[:24]), (images[24:], labels[24:])], tokens)
+    x, texts = extract_features(model, images).double(), encode_texts(model, tokens).detach().double()
+    assert (result["pos"], result["neg"]) == pytest.approx(similarity_gap(x.float(), texts.float(), labels))
+    leading = np.linalg.svd(x.numpy())[2][:6].T  # (64, 6): of the 48 directions of 48 images
+    for name, rows in (("t", texts), ("vc", head.weight.detach()), ("t+vc", torch.cat([texts, head.weight.detach()]))):
+        B = np.linalg.qr(rows.numpy().T)[0]
+        outside = np.linalg.norm(leading - B @ (B.T @ leading)) / 6**0.5
+        assert result[f"d(B_i, B_{name})"] == pytest.approx(outside, abs=1e-4), name
+    assert result["d(B_i, B_t+vc)"] < result["d(B_i, B_vc)"] < result["d(B_i, B_t)"]
+
+
+def test_distance_to_a_classifier_that_fills_the_space_is_none():
+    model, images = made_up_clip(), torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    head = CosineHead(64)
+    head.add_classes(torch.randn(40, 64))
+    tokens = clip.tokenize([f"number {i}" for i in range(40)])
+    result = mgclip.analyse(model, head, [(images, torch.arange(40))], tokens)
+    assert result["d(B_i, B_t+vc)"] is None and result["d(B_i, B_vc)"] > 0
+
+
+def test_forgetting_and_backward_transfer_by_their_definitions():
+    rows = [[90.0], [80.0, 70.0], [85.0, 60.0, 50.0]]
+    assert mgclip.forgetting(rows) == (pytest.approx((5 + 10) / 2), pytest.approx((-5 - 10) / 2))
+    assert mgclip.forgetting([[50.0], [60.0, 10.0]]) == (-10, 10)  # learned later: negative forgetting
+    assert mgclip.forgetting([[50.0], [70.0, 9.0], [60.0, 9.0, 9.0]]) == (5, 5)  # the best is not the first
+    assert mgclip.forgetting([[50.0]]) == (0, 0)
+
+
+def test_the_end_holds_every_analysis(workplace):
+    main(f"{FOLDER} --out run --epochs 1".split())
+    *_, last, end = events("run")
+    rows = [e["per_task"] for e in events("run") if e["event"] == "task"]
+    assert (end["forgetting"], end["backward_transfer"]) == mgclip.forgetting(rows) and len(rows) == 3
+    assert {"pos", "neg", "last", "d(B_i, B_t)", "d(B_i, B_vc)", "d(B_i, B_t+vc)"} <= set(end)
+
+
+# Where the epochs come from -------------------------------------------------------------------------------------------
+
+
+def test_search_on_each_task_finds_each_its_own_epochs(workplace, monkeypatch):
+    find, found = mgclip.find_epochs, iter([3, 1, 2])
+    monkeypatch.setattr(mgclip, "find_epochs", lambda *a, **k: (next(found), find(*a, **k)[1]))
+    assert main(f"{FOLDER} --out each --search each --max-epochs 2 --alpha 0".split()) == 0
+    log = events("each")
+    assert [(e["task"], e["epochs"]) for e in log if e["event"] == "epochs"] == [(1, 3), (2, 1), (3, 2)]
+    assert [e["epochs"] for e in log if e["event"] == "task"] == [3, 1, 2] == log[-1]["epochs"]
+    assert {e["task"] for e in log if e["event"] == "search"} == {1, 2, 3}
+
+
+def test_search_on_the_first_task_is_for_all(workplace):
+    assert main(f"{FOLDER} --out first --max-epochs 2".split()) == 0
+    assert [e["task"] for e in events("first") if e["event"] == "epochs"] == [1]
+    assert len({e["epochs"] for e in events("first") if e["event"] == "task"}) == 1
+
+
+def test_tasks_may_differ_in_size(workplace):
+    assert main(f"{FOLDER} --out run --epochs 0 --tasks 4,2".split()) == 0
+    assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == [4, 6]
+    assert main(f"{FOLDER} --out part --epochs 0 --tasks 2,2".split()) == 0  # the rest is not learned
+    assert events("part")[-2]["classes_seen"] == 4
+
+
+# Zero-shot retention --------------------------------------------------------------------------------------------------
+
+
+def pictures(*folders, n=1, names=None):
+    """n small PNGs, each of another colour, in every folder."""
+    for i, folder in enumerate(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        for j in range(n):
+            Image.new("RGB", (9, 8), (37 * i % 256, 91 * j % 256, 20)).save(folder / (names[i] if names else f"{j}.png"))
+
+
+def test_zeroshot_is_the_text_classifier_before_the_first_task_and_after_each(workplace, capsys):
+    pictures(*(workplace / "birds" / "val" / c for c in ("crow", "owl", "wren")), n=2)
+    assert main(f"{FOLDER} --out run --epochs 2 --lr 0.05 --zeroshot birds=birds".split()) == 0
+    scores = [e for e in events("run") if e["event"] == "zeroshot"]
+    assert [(e["dataset"], e["task"]) for e in scores] == [("birds", t) for t in range(4)]
+    model = load_clip("tiny.pt")
+    images = torch.stack([mgclip.decode(f"birds/val/{c}/{j}.png", 32) for c in ("crow", "owl", "wren") for j in (0, 1)])
+    cos = extract_features(model, images) @ encode_texts(model, tokens_of(["crow", "owl", "wren"])).T
+    right = 100 * (cos.argmax(1) == torch.arange(6) // 2).double().mean().item()
+    assert scores[0]["accuracy"] == pytest.approx(right)
+    before, after = scores[0]["accuracy"], scores[-1]["accuracy"]
+    line = f"zero-shot birds {after:.2f}, by the untouched CLIP {before:.2f}: {after - before:+.2f}"
+    assert line in capsys.readouterr().out
+
+
+def test_zeroshot_does_not_change_what_is_learned(workplace):
+    pictures(*(workplace / "birds" / "test" / c for c in ("crow", "owl")))
+    main(f"{FOLDER} --out without --max-epochs 1".split())
+    main(f"{FOLDER} --out with --max-epochs 1 --zeroshot birds=birds".split())
+    kept = [e for e in without_times("with") if e["event"] != "zeroshot"]
+    assert kept == without_times("without")
+
+
+def test_food101_and_pets_are_read_as_torchvision_lays_them_out(workplace, monkeypatch):
+    food, pets = workplace / "data" / "food-101", workplace / "data" / "oxford-iiit-pet"
+    pictures(food / "images" / "apple_pie", food / "images" / "waffles", n=2)
+    (food / "meta").mkdir()
+    for split in ("train", "test"):
+        named = {"apple_pie": ["apple_pie/0"], "waffles": ["waffles/0", "waffles/1"]}
+        (food / "meta" / f"{split}.json").write_text(json.dumps(named))
+    for image in (food / "images").glob("*/*.png"):
+        image.rename(image.with_suffix(".jpg"))
+    pictures(pets / "images", pets / "images", names=["Bengal_1.jpg", "great_dane_7.jpg"])
+    (pets / "annotations").mkdir()
+    for split in ("trainval", "test"):
+        (pets / "annotations" / f"{split}.txt").write_text("Bengal_1 1 1 1\ngreat_dane_7 2 2 1\n")
+    config = Config(data_root="data", workers=1)
+    name, names, images, labels = mgclip.load_zeroshot("food101", config, 8)
+    assert (name, names, labels.tolist(), images.shape) == ("food101", ["apple pie", "waffles"], [0, 1, 1], (3, 3, 8, 8))
+    name, names, images, labels = mgclip.load_zeroshot("pets", config, 8)
+    assert (names, labels.tolist(), len(images)) == (["Bengal", "Great Dane"], [0, 1], 2)
+    monkeypatch.setattr(torchvision.datasets.Food101, "_check_exists", lambda self: False)
+    monkeypatch.setattr(torchvision.datasets.food101, "download_and_extract_archive", no_network)
+    with pytest.raises(ValueError, match="Food101 is not there"):
+        mgclip.load_zeroshot("food101", config, 8)
+
+
+# Data sets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dataset, lr, batch, head_lr, head_batch, tasks",
+    [
+        ("cifar100", 1e-3, 128, 5e-4, 64, 10),
+        ("imagenet-r", 1e-3, 64, 5e-4, 32, 10),
+        ("imagenet100", 5e-4, 128, 1e-3, 128, 10),
+        ("imagenet1k", 1e-3, 128, 5e-4, 64, 10),
+        ("vtab", 1e-3, 128, 5e-4, 64, 5),
+        ("folder", 1e-3, 128, 5e-4, 64, 10),
+    ],
+)
+def test_presets_are_the_papers(dataset, lr, batch, head_lr, head_batch, tasks):
+    config = mgclip.settle(Config(dataset=dataset))
+    assert (config.lr, config.batch_size, config.head_lr, config.head_batch_size) == (lr, batch, head_lr, head_batch)
+    assert (config.tasks, config.model) == (tasks, "ViT-B/16")
+
+
+def prompts_of(monkeypatch):
+    """A list of the prompts' lists that are tokenised from here on."""
+    seen, tokenize = [], clip.tokenize
+    monkeypatch.setattr(clip, "tokenize", lambda texts: seen.append(texts) or tokenize(texts))
+    return seen
+
+
+QUICK = "--model tiny.pt --device cpu --epochs 0 --head-epochs 0 --template {}"
+
+
+def test_imagenet_r_runs_from_the_authors_list_in_their_order(workplace, monkeypatch):
+    synsets = [f"n{i:08d}" for i in range(200)]
+    pictures(*(workplace / "imagenet-r" / s for s in synsets), n=3)  # as downloaded: no train/ or test/
+    (workplace / "imagenet-r" / "README.txt").write_text("ImageNet-R\n\n" + "".join(f"{s} thing {s[-3:]}\n" for s in synsets))
+    lines = ["train", *(f"{s}/{i}.png" for s in synsets for i in (0, 2)), "test", *(f"{s}/1.png" for s in synsets)]
+    Path("split.txt").write_text("\n".join(lines) + "\n")
+    seen, both = prompts_of(monkeypatch), "--train-list split.txt --test-list split.txt"
+    assert main(f"--dataset imagenet-r --data-root imagenet-r {both} {QUICK} --out run".split()) == 0
+    assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == list(range(20, 201, 20))
+    first = [f"thing {c:03d}" for c in (150, 119, 193, 2, 75, 179, 129, 68, 145, 53)]
+    assert first in [prompts[:10] for prompts in seen if len(prompts) == 20]
+    assert sorted(mgclip.IMAGENET_R_ORDER) == list(range(200)) and mgclip.IMAGENET_R_ORDER[-3:] == [118, 48, 175]
+    _, read = mgclip.load_folder(Config(data_root="imagenet-r", train_list="split.txt", test_list="split.txt", workers=1))
+    assert read("train", [5, 3], 8)[1].tolist() == [0, 0, 1, 1] and read("test", [5], 8)[1].tolist() == [0]
+    assert torch.equal(read("test", [5], 8)[0][0], mgclip.decode(f"imagenet-r/{synsets[5]}/1.png", 8))
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """ImageNet-1K's layout: 1,000 synset folders in train/ and val/, an image in each."""
+    root = tmp_path_factory.mktemp("imagenet")
+    synsets = ["n01440764", *(f"n{1500000 + 100 * i:08d}" for i in range(98)), "n01855672"]
+    synsets += [f"n{2000000 + i:08d}" for i in range(900)]
+    pictures(*(root / half / s for half in ("train", "val") for s in synsets))
+    return root
+
+
+def test_imagenet100_is_the_first_100_synsets_of_a_full_folder_or_of_one_that_holds_just_these(imagenet, workplace):
+    names, read = mgclip.load_folder(Config(dataset="imagenet100", data_root=str(imagenet), workers=1))
+    categories = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
+    assert names == categories[:100] and names[0] == "tench" and names[-1] == "goose"
+    assert torch.equal(read("test", [99], 8)[0][0], mgclip.decode(imagenet / "val" / "n01855672" / "0.png", 8))
+    for half in ("train", "val"):
+        for folder in sorted((imagenet / half).iterdir())[:100]:
+            (workplace / "small" / half).mkdir(parents=True, exist_ok=True)
+            (workplace / "small" / half / folder.name).symlink_to(folder)
+    assert mgclip.load_folder(Config(dataset="imagenet100", data_root="small"))[0] == categories[:100]
+    assert main(f"--dataset imagenet100 --data-root small {QUICK} --out run".split()) == 0
+    assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == list(range(10, 101, 10))
+
+
+def test_imagenet1k_learns_ten_times_100_classes_in_the_order_of_1993(imagenet, workplace, monkeypatch):
+    seen = prompts_of(monkeypatch)
+    assert main(f"--dataset imagenet1k --data-root {imagenet} {QUICK} --out run".split()) == 0
+    assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == list(range(100, 1001, 100))
+    categories = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
+    assert [categories[c] for c in np.random.RandomState(1993).permutation(1000)[:100]] in seen
+
+
+def test_vtab_folders_are_sorted_by_number_and_not_shuffled(workplace, monkeypatch, capsys):
+    pictures(*(workplace / "vtab" / half / str(c) for half in ("train", "test") for c in range(50)))
+    seen = prompts_of(monkeypatch)
+    assert main(f"--dataset vtab --data-root vtab {QUICK} --out run".split()) == 0
+    assert [str(c) for c in range(10)] in seen and [str(c) for c in range(40, 50)] in seen
+    assert "classes.txt" in capsys.readouterr().err  # numbers are no names
+    (workplace / "vtab" / "classes.txt").write_text("".join(f"{c} thing {c}\n" for c in range(50)))
+    assert mgclip.load_folder(Config(dataset="vtab", data_root="vtab"))[0][2:4] == ["thing 2", "thing 3"]
+    assert capsys.readouterr().err == ""
+
+
+# Several orders -------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_the_official_order_then_seeds_with_their_mean_and_deviation(workplace, capsys):
+    assert main(f"{FOLDER} --epochs 0 --runs 3".split()) == 0
+    base = Path("runs/folder-0.1-4-0")
+    assert sorted(p.name for p in base.iterdir()) == ["order-1", "order-2", "order-official"]
+    avg, last = ([events(p)[-1][name] for p in sorted(base.iterdir())] for name in ("avg", "last"))
+    total = capsys.readouterr().out.splitlines()[-1]
+    assert f"Avg {np.mean(avg):.2f} ± {np.std(avg, ddof=1):.2f}" in total
+    assert f"Last {np.mean(last):.2f} ± {np.std(last, ddof=1):.2f}" in total and np.std(avg) > 0
+    config = json.loads((base / "order-2" / "config.json").read_text())
+    assert config["class_order"] == "2" and config["seed"] == 0
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_plot_draws_a_row_of_three_panels_per_run(workplace, capsys):
+    pytest.importorskip("matplotlib")
+    pictures(*(workplace / "birds" / "test" / c for c in ("crow", "owl")))
+    assert main(f"{FOLDER} --out a --max-epochs 2 --zeroshot birds=birds --plot".split()) == 0
+    assert main(f"{FOLDER} --out b --epochs 1".split()) == 0
+    with Image.open("a/plot.png") as one:
+        width, height = one.size
+    assert capsys.readouterr().out.count("plot.png") == 1
+    assert main(["--plot", "b", "a"]) == 0
+    with Image.open("b/plot.png") as two:
+        assert two.size == (width, 2 * height) and 1200 < width < 2000
+        columns = np.asarray(two.convert("L"), dtype=float)
+    assert all(part.std() > 10 for part in np.array_split(columns, 3, axis=1))  # every panel has something drawn in it
+
+
+def test_plot_without_matplotlib_says_how_to_install_it(workplace, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(capsys, "--plot run", "pip install matplotlib")
+
+
+# Use the model --------------------------------------------------------------------------------------------------------
+
+
+def test_predict_gives_the_five_best_classes_by_equation_five(workplace, capsys):
+    main(f"{FOLDER} --out run --max-epochs 1 --beta 2".split())
+    capsys.readouterr()
+    image = "images/test/castle/0.png"
+    assert main(["--predict", image, "--resume", "run", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    model, checkpoint = load_clip("tiny.pt"), torch.load("run/checkpoint.pt", weights_only=True)
+    head, lora = CosineHead(64), add_lora(model)
+    mgclip.restore(checkpoint, lora, head)
+    with torch.no_grad():
+        x = encode_images(model, mgclip.decode(image, 32)[None])
+        text_logits, cosines = 100 * x @ encode_texts(model, tokens_of(NAMES)).T, head(x)
+    fused, text = fused_scores(text_logits, cosines, 2)[0], text_logits.softmax(1)[0]
+    best = fused.argsort(descending=True)[:5].tolist()
+    assert result["image"] == image and [row["class"] for row in result["classes"]] == [NAMES[k] for k in best]
+    for row, k in zip(result["classes"], best):
+        expected = [fused[k].item(), text[k].item(), cosines[0, k].item()]
+        assert [row["fused"], row["text"], row["visual"]] == pytest.approx(expected, abs=1e-5)
+    assert main(["--predict", image, "--resume", "run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == image and [row.split()[-1] for row in printed[3:]] == [NAMES[k] for k in best]
+
+
+def test_predict_names_unreadable_files_and_goes_on(workplace, capsys):
+    main(f"{FOLDER} --out run --epochs 0".split())
+    capsys.readouterr()
+    Path("words.png").write_text("words")
+    images = ["words.png", "images/test/castle/0.png", "nowhere.png"]
+    assert main(["--predict", *images, "--resume", "run", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == images[1:2]
+    assert len(err.splitlines()) == 2 and all(name in err for name in ("words.png", "nowhere.png"))
+
+
+def test_predict_needs_the_weights_that_the_run_began_with(workplace, capsys):
+    main(f"{FOLDER} --out run --epochs 0".split())
+    torch.save(made_up_clip(1).state_dict(), "tiny.pt")
+    refused(capsys, "--predict images/test/castle/0.png --resume run", "--resume run", "model_sha256")
 
 
 # Demo -----------------------------------------------------------------------------------------------------------------
