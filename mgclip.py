@@ -414,24 +414,23 @@ def run(config):
     losses = dict(align=config.align, distill=config.distill)
     lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator, **losses)
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
-    search_options = dict(alpha=config.alpha, max_epochs=config.max_epochs, **lora_options)
+    search = dict(alpha=config.alpha, max_epochs=config.max_epochs, **lora_options)
 
     lora = add_lora(model, config.rank)  # line 1
     head = CosineHead(model.text_projection.shape[1])
-    E, done = restore(log.state, lora, head, generator)  # what --epochs fixes and 0, unless a run that was cut off goes on
-    if not done:
-        with autocast:
-            log.zeroshot(0, zeroshot_accuracies(model, others))
+    E, done = restore(log.state, lora, head, generator)  # E: None while open; done: 0 but for a run that was cut off
     seen, tests = [], []
+    if not done:
+        log.zeroshot(0, model, others)
     for t, (names, images, labels, test_images, test_labels) in enumerate(tasks, 1):  # line 6
         tests.append((test_images, test_labels + len(seen)))
         seen += names
         if t <= done:
             continue
         if E is None or (config.search == "each" and config.epochs is None):  # D_1 alone
+            report = partial(log.search, t)
             with autocast:
-                search = partial(find_epochs, **search_options, report=partial(log.search, t))
-                E, _ = search(model, lora, images, labels, prompts(names))  # lines 2-5
+                E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, report=report)  # lines 2-5
             log.write("epochs", task=t, epochs=E, alpha=config.alpha)
         began = time.perf_counter()
         with autocast:
@@ -441,12 +440,11 @@ def run(config):
         fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
         with autocast:
             accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
-            retained = zeroshot_accuracies(model, others)
         with torch.no_grad():
             gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
         encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
         log.task(t, len(seen), accuracies, per_task, gap, E, encoded, time.perf_counter() - began)
-        log.zeroshot(t, retained)
+        log.zeroshot(t, model, others)
         log.save(t, E, lora, head, generator, seen)
     parameters = sum(p.numel() for p in lora) + head.weight.numel()
     return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12
@@ -642,8 +640,8 @@ def task_stream(names, read, groups, size, done=0):
 def load_zeroshot(entry, config, size):
     """A data set to score but not to learn: (its name, class names, test images, labels).
 
-    entry: food101 or pets (torchvision's), imagenet1k (the folder of that name in --data-root), NAME=FOLDER, or patterns,
-    the demo's classes in the style that its CLIP was pre-trained on.
+    entry: food101 or pets (torchvision's), imagenet1k (the folder of that name in --data-root), NAME=FOLDER, or
+    patterns, the demo's classes in the style that its CLIP was pre-trained on.
     """
     name, _, folder = entry.partition("=")
     kinds = dict(food101=torchvision.datasets.Food101, pets=torchvision.datasets.OxfordIIITPet)
@@ -732,7 +730,7 @@ def analyse(model, head, tests, tokens):
     """Tables 4 and 5, on all test images: pos, neg, and how far the images' space is from each classifier's.
 
     Bases by SVD: B_i of the image features, cut to as many leading directions as there are classes; B_t of the text
-    features, B_vc of W_v, B_t+vc of both. A distance is None where a classifier's rows are so many that they fill R^D.
+    features, B_vc of W_v, B_t+vc of both. A distance is None where a classifier has so many rows that they fill R^D.
     """
     features = torch.cat([extract_features(model, images, desc="analysis") for images, _ in tests])  # (N, D)
     texts, W_v = encode_texts(model, tokens), F.normalize(head.weight, dim=-1)  # (K, D)
@@ -742,16 +740,6 @@ def analyse(model, head, tests, tokens):
     for name, rows in (("t", texts), ("vc", W_v), ("t+vc", torch.cat([texts, W_v]))):
         fills = len(rows) >= rows.shape[1]
         result[f"d(B_i, B_{name})"] = None if fills else subspace_distance(B_i, basis(rows))
-    return result
-
-
-@torch.no_grad()
-def zeroshot_accuracies(model, others):
-    """{name: per cent of the images that the text classifier names right} of data sets not learned (Table 2)."""
-    result = {}
-    for name, tokens, images, labels in others:
-        cos = cosine(extract_features(model, images, desc=f"zero-shot {name}"), encode_texts(model, tokens))
-        result[name] = 100 * (cos.argmax(1).cpu() == labels).double().mean().item()
     return result
 
 
@@ -874,9 +862,13 @@ class Log:
         row = "{:4d} {:8d} {:7.2f} {:7.2f} {:7.2f} {:7.4f} {:7.4f} {:3d} {:8.1f} {:9.0f}"
         self.row(header, row, (t, classes, *values))
 
-    def zeroshot(self, task, accuracies):
-        for name, accuracy in accuracies.items():
-            self.write("zeroshot", dataset=name, task=task, accuracy=accuracy)
+    @torch.no_grad()
+    def zeroshot(self, t, model, others):
+        """Per cent of the images of data sets not learned that the text classifier names right (Table 2)."""
+        for name, tokens, images, labels in others:
+            cos = cosine(extract_features(model, images, desc=f"zero-shot {name}"), encode_texts(model, tokens))
+            right = cos.argmax(1).cpu() == labels
+            self.write("zeroshot", dataset=name, task=t, accuracy=100 * right.double().mean().item())
 
     def end(self, trainable_parameters, analysis):
         tasks = [e for e in self.events if e["event"] == "task"]
@@ -921,14 +913,15 @@ def predict(folder, paths, device, as_json):
             continue
         text_logits, visual_cosines = model.logit_scale.exp() * cosine(features, texts), head(features)  # (1, K)
         fused = fused_scores(text_logits, visual_cosines, config.beta)
-        scores = torch.cat([fused, text_logits.softmax(1), visual_cosines])[:, fused[0].argsort(descending=True)[:5]]
-        names = [state["classes"][k] for k in fused[0].argsort(descending=True)[:5]]
-        rows = [dict(zip(("class", "fused", "text", "visual"), row)) for row in zip(names, *scores.tolist())]
+        scores = torch.cat([fused, text_logits.softmax(1), visual_cosines])  # (3, K)
+        best = fused[0].argsort(descending=True)[:5]
+        rows = [(state["classes"][k], *row) for k, row in zip(best, scores[:, best].T.tolist())]
         if as_json:
-            print(json.dumps(dict(image=path, classes=rows)))
+            names = ("class", "fused", "text", "visual")
+            print(json.dumps(dict(image=path, classes=[dict(zip(names, row)) for row in rows])))
         else:
-            print(f"\n{path}\n  fused    text  visual  class")
-            print("\n".join("{fused:7.4f} {text:7.4f} {visual:7.4f}  {class}".format(**row) for row in rows))
+            lines = ("{1:7.4f} {2:7.4f} {3:7.4f}  {0}".format(*row) for row in rows)
+            print(f"\n{path}\n  fused    text  visual  class", *lines, sep="\n")
     return status
 
 
