@@ -56,7 +56,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import packages_distributions, version
-from itertools import chain, count, product
+from itertools import chain, count, islice, product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -620,8 +620,8 @@ def class_names(root, folders):
             if listing.name == "classes.txt":
                 raise ValueError(f"{listing}: there is no line '{missing[0]} NAME'; {len(missing)} classes lack one")
     synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
-    if synsets and (K == 1000 or K == 100 and folders[-1] <= "n01855672"):  # the latter is the hundredth
-        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:K]  # in the order of the sorted synsets
+    if synsets and (K == 1000 or K == 100 and folders[-1] <= "n01855672"):  # that is the hundredth
+        return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:K]  # by sorted synset
     if synsets or all(f.isdecimal() for f in folders):
         print(f"mgclip: warning: {root}: without classes.txt, prompts say '{folders[0]}'", file=sys.stderr)
     return folders
@@ -925,14 +925,19 @@ def predict(folder, paths, device, as_json):
     return status
 
 
-def plot(folders):
-    """Draw runs, one a row, into plot.png in the first one's folder, and return its path."""
+def import_figure():
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure
+
+
+def plot(folders):
+    """Draw runs, one a row, into plot.png in the first one's folder, and return its path."""
     blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"  # Okabe and Ito's: safe
-    figure = Figure(figsize=(13, 3.9 * len(folders)), dpi=110, layout="constrained")
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9)
+    figure = import_figure()(figsize=(13, 4.4 * len(folders)), dpi=110, layout="constrained")
     grid = figure.subplots(len(folders), 3, squeeze=False, sharey="col")
     for (left, middle, right), folder in zip(grid, map(Path, folders)):
         try:
@@ -952,8 +957,8 @@ def plot(folders):
         for i, name in enumerate(dict.fromkeys(e["dataset"] for e in scores)):
             values = [e["accuracy"] for e in scores if e["dataset"] == name]
             left.plot([0, *seen][: len(values)], values, "xv+d"[i % 4] + "-.", color=grey, label=f"zero-shot: {name}")
-        left.set(title=f"{folder.name}\nTest images named right", xlabel="classes seen so far", ylabel="A_t (%)")
-        left.legend(fontsize=8)
+        left.set(title=f"{folder.name}\nTest images named right", xlabel="classes seen so far", ylabel="accuracy (%)")
+        left.legend(**below)
 
         if search:
             alpha = next(e["alpha"] for e in events if e["event"] == "epochs")
@@ -963,7 +968,7 @@ def plot(folders):
                 middle.plot(change, style, color=colour, label=f"{key}, {label}: from {values[0]:.3f}")
             middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: {100 * alpha:g}%")
             middle.axvline(tasks[0]["epochs"], color=grey, linestyle=":", label=f"E = {tasks[0]['epochs']} is taken")
-            middle.legend(fontsize=8)
+            middle.legend(**below)
         else:
             middle.text(0.5, 0.5, f"no search: E = {tasks[0]['epochs']}", ha="center", transform=middle.transAxes)
         middle.set(title="Search on the first task:\nhow far mean cosines move", xlabel="epoch", ylabel="change (%)")
@@ -973,8 +978,9 @@ def plot(folders):
         lines = right.plot(numbers, column("pos"), "o-", color=blue, label="pos, own text")
         lines += right.plot(numbers, column("neg"), "s--", color=red, label="neg, other texts")
         lines += twin.plot(numbers, lost, "^:", color=grey, label="forgetting (right axis)")
-        right.legend(handles=lines, fontsize=8)
-        right.set(title="Similarity and forgetting,\ntask by task", xlabel="task", ylabel="mean cosine")
+        right.legend(handles=lines, **below)
+        right.set(title="Similarity and forgetting,\ntask by task", xlabel="task")
+        right.set_ylabel("mean cosine of image and text")
         twin.set_ylabel("forgetting (points of accuracy)", color=grey)
         for axes in (middle, right):
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -1179,15 +1185,11 @@ def prepare(config):
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
     if config.compile:
         model.visual.compile()
-    clips = packages_distributions().get("clip", [])  # PyPI's is called clip-anytorch, OpenAI's own clip
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    record = dict(
-        versions=versions | dict(clip=", ".join(f"{name} {version(name)}" for name in clips)),
-        model_sha256=model_sha256,
-        class_order_sha256=sha256(json.dumps(list(chain(*groups))).encode()),
-    )
+    clips = [f"{name} {version(name)}" for name in packages_distributions().get("clip", [])]  # clip or clip-anytorch
+    versions = dict(python=platform.python_version(), torch=torch.__version__, clip=", ".join(clips))
+    order_sha256 = sha256(json.dumps(list(chain(*groups))).encode())
     config.out = config.out or new_folder(config)
-    log = Log(config, record)
+    log = Log(config, dict(versions=versions, model_sha256=model_sha256, class_order_sha256=order_sha256))
     print(
         f"{config.dataset}: {sum(map(len, groups))} classes in {len(groups)} tasks; {config.model} in "
         f"{config.precision} on {config.device}; alpha {config.alpha:g}, beta {config.beta:g}, seed {config.seed}"
@@ -1257,11 +1259,12 @@ def main(argv=None):
             print(plot(options["plot"]))
             return 0
         runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
+        if draw:
+            import_figure()  # before anything is computed
         config = settle(Config(**options))
         out = made = config.out or new_folder(config)
-        orders = [config.class_order, *map(str, range(1, runs or 1))]
-        results = []
-        for order in orders:
+        seeds, results = (str(seed) for seed in count(1) if str(seed) != config.class_order), []
+        for order in [config.class_order, *islice(seeds, (runs or 1) - 1)]:
             out = f"{made}/order-{order}" if runs else made
             results.append(run(replace(config, class_order=order, out=out)))
             if draw:

@@ -1030,7 +1030,7 @@ def test_forgetting_and_backward_transfer_by_their_definitions():
 
 def test_the_end_holds_every_analysis(workplace):
     main(f"{FOLDER} --out run --epochs 1".split())
-    *_, last, end = events("run")
+    end = events("run")[-1]
     rows = [e["per_task"] for e in events("run") if e["event"] == "task"]
     assert (end["forgetting"], end["backward_transfer"]) == mgclip.forgetting(rows) and len(rows) == 3
     assert {"pos", "neg", "last", "d(B_i, B_t)", "d(B_i, B_vc)", "d(B_i, B_t+vc)"} <= set(end)
@@ -1155,7 +1155,7 @@ def test_imagenet_r_runs_from_the_authors_list_in_their_order(workplace, monkeyp
     pictures(*(workplace / "imagenet-r" / s for s in synsets), n=3)  # as downloaded: no train/ or test/
     (workplace / "imagenet-r" / "README.txt").write_text("ImageNet-R\n\n" + "".join(f"{s} thing {s[-3:]}\n" for s in synsets))
     lines = ["train", *(f"{s}/{i}.png" for s in synsets for i in (0, 2)), "test", *(f"{s}/1.png" for s in synsets)]
-    Path("split.txt").write_text("\n".join(lines) + "\n")
+    Path("split.txt").write_text("\n".join(lines))
     seen, both = prompts_of(monkeypatch), "--train-list split.txt --test-list split.txt"
     assert main(f"--dataset imagenet-r --data-root imagenet-r {both} {QUICK} --out run".split()) == 0
     assert [e["classes_seen"] for e in events("run") if e["event"] == "task"] == list(range(20, 201, 20))
@@ -1247,6 +1247,8 @@ def test_plot_without_matplotlib_says_how_to_install_it(workplace, capsys, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(capsys, "--plot run", "pip install matplotlib")
+    refused(capsys, f"{FOLDER} --plot --out run", "pip install matplotlib")
+    assert not Path("run").exists()  # told before anything is computed
 
 
 # Use the model --------------------------------------------------------------------------------------------------------
