@@ -56,6 +56,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from itertools import chain, count, islice, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -891,15 +892,16 @@ class Log:
 
 
 @torch.no_grad()
-def predict(folder, paths, device, as_json):
+def predict(folder, paths, device=None, as_json=False):
     """Print the five best classes of every image by a run's last checkpoint. Returns 1 if one cannot be read, else 0.
 
     fused: Eq. 5; text: CLIP's probability of the class; visual: the cosine with its row of W_v.
     """
     config, state = read_run(folder)
+    config = settle(replace(config, device=device))
     if state is None:
         raise ValueError(f"--resume {folder}: has no checkpoint yet; one comes with the first task that is learned")
-    model, model_sha256 = load_weights(config.model, device)
+    model, model_sha256 = load_weights(config.model, config.device)
     read_run(folder, model_sha256=model_sha256)
     lora, head, status = add_lora(model, config.rank), CosineHead(model.text_projection.shape[1]), 0
     restore(state, lora, head)
@@ -925,19 +927,13 @@ def predict(folder, paths, device, as_json):
     return status
 
 
-def import_figure():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
-
-
 def plot(folders):
     """Draw runs, one a row, into plot.png in the first one's folder, and return its path."""
+    from matplotlib.figure import Figure  # nothing else needs it
+
     blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"  # Okabe and Ito's: safe
     below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9)
-    figure = import_figure()(figsize=(13, 4.4 * len(folders)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 4.4 * len(folders)), dpi=110, layout="constrained")
     grid = figure.subplots(len(folders), 3, squeeze=False, sharey="col")
     for (left, middle, right), folder in zip(grid, map(Path, folders)):
         try:
@@ -1076,8 +1072,9 @@ def tiny_clip():
 # 10 Command line ------------------------------------------------------------------------------------------------------
 
 
-def option(default, group, help, **more):
-    return field(default=default, metadata=dict(group=group, help=help, **more))
+def option(default, group, help, low=None, otherwise=None, **argument):
+    """A field of Config: low is its least value, otherwise the default that --help names, argument for argparse."""
+    return field(default=default, metadata=dict(group=group, help=help, low=low, otherwise=otherwise, argument=argument))
 
 
 def task_sizes(text):
@@ -1094,9 +1091,9 @@ class Config:
     data_root: str = option("data", "data", "folder of the data; what torchvision has is downloaded there")
     train_list: str = option(None, "data", "file with a path below --data-root a line", otherwise="train/")
     test_list: str = option(None, "data", "the same for test images", otherwise="test/ or val/")
-    tasks: int = option(None, "data", "number of tasks, or of classes in each: 4,8,16", type=task_sizes, low=1)
+    tasks: int = option(None, "data", "number of tasks, or the classes in each: 4,8,16", type=task_sizes, low=1)
     class_order: str = option("official", "data", "official, natural (as listed), or the seed of a NumPy permutation")
-    zeroshot: tuple = option((), "data", "scored, not learned: food101, pets, imagenet1k, NAME=FOLDER",
+    zeroshot: tuple = option((), "data", "scored, not learned: food101, pets, imagenet1k, NAME=FOLDER", nargs="+",
                              otherwise="none")  # fmt: skip
     model: str = option(None, "model", "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
     rank: int = option(8, "model", "LoRA rank r", low=1)
@@ -1117,7 +1114,7 @@ class Config:
     device: str = option(None, "running", "device of torch", otherwise="cuda if there is one, else cpu")
     precision: str = option(None, "running", "of training and scoring; the gap is always fp32",
                             choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")  # fmt: skip
-    compile: bool = option(False, "running", "torch.compile the image encoder")
+    compile: bool = option(False, "running", "torch.compile the image encoder", action="store_true")
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
     out: str = option(None, "running", "the run's folder",
                       otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")  # fmt: skip
@@ -1132,31 +1129,26 @@ def settle(config):
         preset = {name: value for name, value in PRESETS[config.dataset].items() if hasattr(config, name)}
         config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     for f in fields(config):
-        value, name, low = getattr(config, f.name), f.name.replace("_", "-"), f.metadata.get("low")
-        if value is not None and value not in f.metadata.get("choices", [value]):
-            raise ValueError(f"--{name} {value}: must be one of {', '.join(f.metadata['choices'])}")
-        for number in () if value is None or low is None else value if isinstance(value, list) else [value]:
+        value, name, low = getattr(config, f.name), f.name.replace("_", "-"), f.metadata["low"]
+        choices = f.metadata["argument"].get("choices")
+        if None not in (value, choices) and value not in choices:
+            raise ValueError(f"--{name} {value}: must be one of {', '.join(choices)}")
+        for number in () if None in (value, low) else value if isinstance(value, list) else [value]:
             if not (math.isfinite(number) and number >= low):
                 raise ValueError(f"--{name} {number}: must be a number of at least {low}")
     if not (config.class_order in ("official", "natural") or re.fullmatch(r"\d{1,9}", config.class_order)):
         raise ValueError(f"--class-order {config.class_order}: must be official, natural or the seed of a permutation")
     if config.template.count("{}") != 1:
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
-    device = pick_device(config.device)
-    precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
-    model = os.path.abspath(config.model) if os.path.isfile(config.model) else config.model
-    machine = dict(device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
-    return replace(config, **machine, model=model, data_root=os.path.abspath(config.data_root))
-
-
-def pick_device(device):
-    """The device asked for, or cuda if there is one. Raises ValueError if it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device).tolist()
     except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
-    return device
+    precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+    model = os.path.abspath(config.model) if os.path.isfile(config.model) else config.model
+    machine = dict(device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
+    return replace(config, **machine, model=model, data_root=os.path.abspath(config.data_root))
 
 
 def prompt_tokens(template, names):
@@ -1210,38 +1202,32 @@ def parse(argv):
     )
     groups, common = {}, PRESETS["cifar100"]
     for f in fields(Config):
-        title, kind = f.metadata["group"], dict(type=f.metadata.get("type", f.type))
+        title, argument = f.metadata["group"], dict(f.metadata["argument"])
         groups[title] = groups.get(title) or parser.add_argument_group(title)
-        default = f.metadata.get("otherwise", f.default)
+        default = f.metadata["otherwise"] or f.default
         if f.name in common:
             special = [f"; {name}: {row[f.name]}" for name, row in PRESETS.items() if row[f.name] != common[f.name]]
             default = f"{common[f.name]}{''.join(special)}"
-        if f.type is bool:
-            kind = dict(action="store_true")
-        elif f.type is tuple:
-            kind = dict(nargs="+", metavar="NAME")
-        elif "choices" in f.metadata:
-            kind["choices"] = f.metadata["choices"]
-        else:
-            kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[f.type]
-        text = f.metadata["help"] if f.type is bool else f"{f.metadata['help']} (default: {default})"
-        groups[title].add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
-    add = groups["running"].add_argument
-    add("--runs", type=int, metavar="N", help="do N class orders: --class-order, then the seeds 1, 2, ..")
+        if f.type in (int, float, str):
+            argument.setdefault("type", f.type)
+        text = f"{f.metadata['help']} (default: {default})"
+        groups[title].add_argument("--" + f.name.replace("_", "-"), help=text, **argument)
+    runs = "do N class orders: --class-order, then the seeds 1, 2, .. (default: one run, in a folder of its own)"
+    groups["running"].add_argument("--runs", type=int, metavar="N", help=runs)
+    add = groups["finished runs"].add_argument
     add("--plot", nargs="*", metavar="RUN", help="draw plot.png at the end; with RUNs: draw these, side by side")
     add("--predict", nargs="+", metavar="IMAGE", help="the five best classes of each image, by the run of --resume")
     add("--json", action="store_true", help="predictions as JSON, a line an image")
     options = vars(parser.parse_args(argv))
-    for action, beside in (("predict", {"resume", "device", "json"}), ("plot", set()), ("resume", {"plot"})):
-        if options.get(action):
-            break
-    else:
-        action, beside = "dataset", options.keys() - {"json"}
-    for name in options.keys() - beside - {action}:
-        why = "; a run goes on with the options that it began with" if action == "resume" else ""
+    beside = dict(predict={"resume", "device", "json"}, plot=set(), resume={"plot"})  # what may stand beside each
+    action = next((name for name in beside if options.get(name)), "dataset")
+    for name in sorted(options.keys() - {action} - beside.get(action, options.keys() - {"json"})):
+        why = ": a run goes on with the options that it began with" if action == "resume" else ""
         parser.error(f"--{name.replace('_', '-')} does not go with --{action}{why}")
     if action == "predict" and "resume" not in options:
         parser.error("--predict needs --resume RUN, the run to predict with")
+    if "plot" in options and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if options.get("runs", 1) < 1:
         parser.error("--runs must be at least 1")
     return options
@@ -1253,14 +1239,11 @@ def main(argv=None):
     try:
         options = parse(argv)
         if "predict" in options:
-            device = pick_device(options.get("device"))
-            return predict(options["resume"], options["predict"], device, "json" in options)
+            return predict(options["resume"], options["predict"], options.get("device"), "json" in options)
         if options.get("plot"):
             print(plot(options["plot"]))
             return 0
         runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
-        if draw:
-            import_figure()  # before anything is computed
         config = settle(Config(**options))
         out = made = config.out or new_folder(config)
         seeds, results = (str(seed) for seed in count(1) if str(seed) != config.class_order), []
