@@ -322,7 +322,7 @@ def find_epochs(
 
 
 def class_prototypes(features, labels):
-    """Mean of the unit-norm features (N, D) of each class in labels (N,), int in [0, K) -> (K, D) (authors' code)."""
+    """Mean of the unit-norm features (N, D) of each class in labels (N,), int in [0, K), each with images -> (K, D)."""
     return torch.stack([features[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
 
 
@@ -412,8 +412,8 @@ def run(config):
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    losses = dict(align=config.align, distill=config.distill)
-    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator, **losses)
+    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator)
+    lora_options |= dict(align=config.align, distill=config.distill)
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
     search = dict(alpha=config.alpha, max_epochs=config.max_epochs, **lora_options)
 
@@ -466,16 +466,16 @@ IMAGENET_R_ORDER = [int(c) for c in """
     4 137 194 90 74 70 113 186 132 192 33 36 158 188 94 121 164 58 11 178 151 184 1 10 64 15 106 52 176 26 81 82 88 125
     46 123 91 187 86 20 76 80 66 120 131 16 159 101 87 99 195 143 21 49 38 181 29 153 54 173 127 117 182 139 118 48
     175""".split()]  # fmt: skip
-PRESETS = {name: dict(zip(("model", "tasks", "lr", "batch_size", "head_lr", "head_batch_size", "order"), row))
-    for name, *row in (
-    # data set      model       tasks  LoRA lr, batch  head lr, batch  order of the classes
-    ("patterns",    "tiny",     8,     5e-3, 64,       5e-4, 64,       "1993"),
-    ("cifar100",    "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       CIFAR100_ORDER),
-    ("imagenet-r",  "ViT-B/16", 10,    1e-3, 64,       5e-4, 32,       IMAGENET_R_ORDER),
-    ("imagenet100", "ViT-B/16", 10,    5e-4, 128,      1e-3, 128,      "1993"),
-    ("imagenet1k",  "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "1993"),
-    ("vtab",        "ViT-B/16", 5,     1e-3, 128,      5e-4, 64,       "natural"),
-    ("folder",      "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "natural"),
+COLUMNS = ("classes", "model", "tasks", "lr", "batch_size", "head_lr", "head_batch_size", "order")
+PRESETS = {name: dict(zip(COLUMNS, row)) for name, *row in (
+    # data set, classes   model       tasks  LoRA lr, batch  head lr, batch  order of the classes
+    ("patterns",    64,   "tiny",     8,     5e-3, 64,       5e-4, 64,       "1993"),
+    ("cifar100",    100,  "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       CIFAR100_ORDER),
+    ("imagenet-r",  200,  "ViT-B/16", 10,    1e-3, 64,       5e-4, 32,       IMAGENET_R_ORDER),
+    ("imagenet100", 100,  "ViT-B/16", 10,    5e-4, 128,      1e-3, 128,      "1993"),
+    ("imagenet1k",  1000, "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "1993"),
+    ("vtab",        50,   "ViT-B/16", 5,     1e-3, 128,      5e-4, 64,       "natural"),
+    ("folder",      None, "ViT-B/16", 10,    1e-3, 128,      5e-4, 64,       "natural"),
 )}  # fmt: skip
 
 
@@ -540,6 +540,9 @@ def load_folder(config):
     for split, c in product(files, classes):
         if not files[split].get(c):
             raise ValueError(f"--data-root {root}: there is no {split} image of class {c}")
+    twice = set(chain(*files["train"].values())) & set(chain(*files["test"].values()))
+    if twice:
+        raise ValueError(f"--test-list {config.test_list}: {min(twice)} is a training image, too")
     names = class_names(root, classes)
     if config.dataset == "imagenet100":  # ImageNet-1K's first 100 synsets
         classes, names = classes[:100], names[:100]
@@ -558,6 +561,8 @@ def scan(root, split):
     if half is None:
         raise ValueError(f"{root}: there is no {'/ or '.join(choices)}/ in it; needed: train/CLASS/* and test/CLASS/*")
     classes = [d for d in half.iterdir() if d.is_dir() and d.name[0] != "."]
+    if not classes:
+        raise ValueError(f"{half}: there is no class folder in it; needed: {half.name}/CLASS/*")
     return {d.name: sorted(f for f in d.iterdir() if f.is_file() and f.name[0] != ".") for d in classes}
 
 
@@ -611,16 +616,18 @@ def decode_all(paths, size, workers, desc):
 
 def class_names(root, folders):
     """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its synsets, or the folders' own."""
-    for listing in (root / "classes.txt", root / "README.txt"):  # ImageNet-R brings the latter
-        if listing.is_file():
-            lines = (line.split(maxsplit=1) for line in listing.read_text("utf-8-sig", errors="replace").splitlines())
-            names = {words[0]: words[1].strip() for words in lines if len(words) == 2}
+    synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
+    for listing in ("classes.txt", "README.txt") if synsets else ("classes.txt",):  # ImageNet-R brings a README.txt
+        if (root / listing).is_file():
+            names, text = {}, (root / listing).read_text("utf-8-sig", errors="replace").replace("\t", " ")
+            for line in map(str.strip, text.splitlines()):
+                folder = max((f for f in folders if line.startswith(f + " ")), key=len, default="")  # may hold spaces
+                names[folder] = line[len(folder) :].strip()
             missing = [f for f in folders if f not in names]
             if not missing:
                 return [names[f] for f in folders]
-            if listing.name == "classes.txt":
-                raise ValueError(f"{listing}: there is no line '{missing[0]} NAME'; {len(missing)} classes lack one")
-    synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
+            if listing == "classes.txt":
+                raise ValueError(f"{root / listing}: no line '{missing[0]} NAME'; {len(missing)} classes lack one")
     if synsets and (K == 1000 or K == 100 and folders[-1] <= "n01855672"):  # that is the hundredth
         return torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:K]  # by sorted synset
     if synsets or all(f.isdecimal() for f in folders):
@@ -649,13 +656,13 @@ def load_zeroshot(entry, config, size):
     if entry == "patterns":
         labels = torch.arange(64).repeat(25)
         return name, PATTERNS, draw_patterns(labels, CLEAN, torch.Generator().manual_seed(2)), labels
-    if folder or name == "imagenet1k":
+    if name and folder or name == "imagenet1k":
         root = Path(folder or Path(config.data_root, name))
         files = scan(root, "test")
         classes = natural_order(files)
         names, groups = class_names(root, classes), [files[c] for c in classes]
         paths, labels = list(chain(*groups)), numbered(groups)
-    elif name in kinds:
+    elif entry in kinds:
         data = torchvision_data(kinds[name], config, split="test")
         names, labels = [c.replace("_", " ") for c in data.classes], torch.tensor(data._labels)
         paths = data._image_files if name == "food101" else data._images
@@ -818,7 +825,7 @@ class Log:
         self.state = dict(task=0, epochs=config.epochs, events=[], seconds=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if config.resume:
+            if config.resume is not None:
                 self.state = read_run(self.folder, **record)[1] or self.state
             elif (self.folder / "config.json").exists():
                 raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
@@ -834,9 +841,9 @@ class Log:
 
     def save(self, task, epochs, lora, head, generator, classes):
         """Replace checkpoint.pt."""
-        state = dict(task=task, epochs=epochs, lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu())
-        state |= dict(generator=generator.get_state(), classes=classes, events=self.events)
-        state |= dict(seconds=time.perf_counter() - self.began)
+        model = dict(lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu(), classes=classes)
+        state = dict(task=task, epochs=epochs, generator=generator.get_state(), events=self.events) | model
+        state["seconds"] = time.perf_counter() - self.began
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, event, **values):
@@ -879,7 +886,8 @@ class Log:
         result |= zip(("forgetting", "backward_transfer"), forgetting([e["per_task"] for e in tasks]))
         heading = [f"{name.capitalize().replace('_', ' ')} {value:.2f}" for name, value in result.items()]
         print("\n" + "   ".join([*heading, f"E = {E}"]))
-        print("   ".join(f"{name} {value:.4f}" for name, value in analysis.items() if value is not None))
+        shown = [f"{name} -" if value is None else f"{name} {value:.4f}" for name, value in analysis.items()]
+        print("   ".join(["all test images:", *shown]))
         scores = [e for e in self.events if e["event"] == "zeroshot"]
         for name in dict.fromkeys(e["dataset"] for e in scores):
             before, *_, after = [e["accuracy"] for e in scores if e["dataset"] == name]
@@ -938,10 +946,11 @@ def plot(folders):
     for (left, middle, right), folder in zip(grid, map(Path, folders)):
         try:
             events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--plot {folder}: metrics.jsonl is not there or damaged ({error})") from error
-        tasks, search, scores = ([e for e in events if e["event"] == name] for name in ("task", "search", "zeroshot"))
-        search = [e for e in search if e["task"] == 1]
+            kinds = ("task", "search", "zeroshot", "epochs")
+            tasks, search, scores, found = ([e for e in events if e["event"] == kind] for kind in kinds)
+            search = [e for e in search if e["task"] == 1]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--plot {folder}: metrics.jsonl is not there or not a run's ({error!r})") from error
         if not tasks:
             raise ValueError(f"--plot {folder}: no task is learned yet")
         column = lambda name, tasks=tasks: [e[name] for e in tasks]
@@ -957,12 +966,13 @@ def plot(folders):
         left.legend(**below)
 
         if search:
-            alpha = next(e["alpha"] for e in events if e["event"] == "epochs")
+            alpha = found[0]["alpha"]
             for key, label, colour, style in (("pos", "own text", blue, "o-"), ("neg", "other texts", red, "s--")):
                 values = [e[key] for e in search]
                 change = [100 * (value - values[0]) / abs(values[0]) for value in values]
                 middle.plot(change, style, color=colour, label=f"{key}, {label}: from {values[0]:.3f}")
-            middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: {100 * alpha:g}%")
+            if alpha < 1:
+                middle.axhspan(-100 * alpha, 100 * alpha, color=red, alpha=0.12, label=f"alpha: {100 * alpha:g}%")
             middle.axvline(tasks[0]["epochs"], color=grey, linestyle=":", label=f"E = {tasks[0]['epochs']} is taken")
             middle.legend(**below)
         else:
@@ -1074,7 +1084,8 @@ def tiny_clip():
 
 def option(default, group, help, low=None, otherwise=None, **argument):
     """A field of Config: low is its least value, otherwise the default that --help names, argument for argparse."""
-    return field(default=default, metadata=dict(group=group, help=help, low=low, otherwise=otherwise, argument=argument))
+    metadata = dict(group=group, help=help, low=low, otherwise=otherwise, argument=argument)
+    return field(default=default, metadata=metadata)
 
 
 def task_sizes(text):
@@ -1093,8 +1104,8 @@ class Config:
     test_list: str = option(None, "data", "the same for test images", otherwise="test/ or val/")
     tasks: int = option(None, "data", "number of tasks, or the classes in each: 4,8,16", type=task_sizes, low=1)
     class_order: str = option("official", "data", "official, natural (as listed), or the seed of a NumPy permutation")
-    zeroshot: tuple = option((), "data", "scored, not learned: food101, pets, imagenet1k, NAME=FOLDER", nargs="+",
-                             otherwise="none")  # fmt: skip
+    zeroshot: tuple = option((), "data", "scored, not learned: food101, pets, imagenet1k, patterns, NAME=FOLDER",
+                             otherwise="none", nargs="+")  # fmt: skip
     model: str = option(None, "model", "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
     rank: int = option(8, "model", "LoRA rank r", low=1)
     template: str = option("a good photo of a {}.", "model", "prompt; {} is the class name")
@@ -1123,8 +1134,9 @@ class Config:
 
 def settle(config):
     """The options as they will run: checked, none open but `epochs`. Raises ValueError naming the option."""
-    if config.resume:
-        config = replace(read_run(config.resume)[0], out=config.resume, resume=config.resume)
+    if config.resume is not None:
+        stored, _ = read_run(config.resume)
+        config = replace(stored, out=config.resume, resume=config.resume, device=config.device or stored.device)
     elif config.dataset in PRESETS:
         preset = {name: value for name, value in PRESETS[config.dataset].items() if hasattr(config, name)}
         config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
@@ -1138,6 +1150,10 @@ def settle(config):
                 raise ValueError(f"--{name} {number}: must be a number of at least {low}")
     if not (config.class_order in ("official", "natural") or re.fullmatch(r"\d{1,9}", config.class_order)):
         raise ValueError(f"--class-order {config.class_order}: must be official, natural or the seed of a permutation")
+    if (config.train_list or config.test_list) and config.dataset in ("patterns", "cifar100"):
+        raise ValueError(f"--train-list, --test-list: not for {config.dataset}, whose halves are fixed")
+    if config.search == "each" and config.epochs is not None:
+        raise ValueError(f"--search each: nothing is searched, as --epochs {config.epochs} fixes E")
     if config.template.count("{}") != 1:
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1146,9 +1162,11 @@ def settle(config):
     except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
     precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
-    model = os.path.abspath(config.model) if os.path.isfile(config.model) else config.model
     machine = dict(device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
-    return replace(config, **machine, model=model, data_root=os.path.abspath(config.data_root))
+    paths = {name: getattr(config, name) for name in ("data_root", "train_list", "test_list", "model")}
+    absolute = {k: os.path.abspath(v) for k, v in paths.items() if v and (k != "model" or os.path.isfile(v))}
+    zeroshot = [re.sub("=(.+)", lambda folder: "=" + os.path.abspath(folder[1]), name) for name in config.zeroshot]
+    return replace(config, **machine, **absolute, zeroshot=zeroshot)  # --resume may come from another folder
 
 
 def prompt_tokens(template, names):
@@ -1169,12 +1187,17 @@ def prepare(config):
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
+    expected = PRESETS[config.dataset]["classes"] or len(names)
+    if len(names) != expected:
+        print(f"mgclip: warning: {config.dataset} has {expected} classes, and here are {len(names)}", file=sys.stderr)
     groups, prompts = task_groups(config, len(names)), partial(prompt_tokens, config.template)
     prompts(names)
     model, model_sha256 = load_weights(config.model, config.device)
     size = model.visual.input_resolution
     others = [load_zeroshot(entry, config, size) for entry in config.zeroshot]
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
+    if len({name for name, *_ in others}) < len(others):
+        raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
     if config.compile:
         model.visual.compile()
     clips = [f"{name} {version(name)}" for name in packages_distributions().get("clip", [])]  # clip or clip-anytorch
@@ -1215,15 +1238,15 @@ def parse(argv):
     runs = "do N class orders: --class-order, then the seeds 1, 2, .. (default: one run, in a folder of its own)"
     groups["running"].add_argument("--runs", type=int, metavar="N", help=runs)
     add = groups["finished runs"].add_argument
-    add("--plot", nargs="*", metavar="RUN", help="draw plot.png at the end; with RUNs: draw these, side by side")
+    add("--plot", nargs="*", metavar="RUN", help="draw plot.png at the end; with RUNs: draw these, one a row")
     add("--predict", nargs="+", metavar="IMAGE", help="the five best classes of each image, by the run of --resume")
     add("--json", action="store_true", help="predictions as JSON, a line an image")
     options = vars(parser.parse_args(argv))
-    beside = dict(predict={"resume", "device", "json"}, plot=set(), resume={"plot"})  # what may stand beside each
-    action = next((name for name in beside if options.get(name)), "dataset")
+    beside = dict(predict={"resume", "device", "json"}, plot=set(), resume={"plot", "device"})  # what may join each
+    action = next((name for name in beside if options.get(name) not in (None, [])), None)
     for name in sorted(options.keys() - {action} - beside.get(action, options.keys() - {"json"})):
         why = ": a run goes on with the options that it began with" if action == "resume" else ""
-        parser.error(f"--{name.replace('_', '-')} does not go with --{action}{why}")
+        parser.error(f"--{name.replace('_', '-')} does not go with {f'--{action}' if action else 'a new run'}{why}")
     if action == "predict" and "resume" not in options:
         parser.error("--predict needs --resume RUN, the run to predict with")
     if "plot" in options and not find_spec("matplotlib"):
@@ -1235,7 +1258,7 @@ def parse(argv):
 
 def main(argv=None):
     """The command line: returns the exit status."""
-    out = made = None
+    out = made = given = None
     try:
         options = parse(argv)
         if "predict" in options:
@@ -1245,7 +1268,8 @@ def main(argv=None):
             return 0
         runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
         config = settle(Config(**options))
-        out = made = config.out or new_folder(config)
+        given = config.out
+        out = made = given or new_folder(config)
         seeds, results = (str(seed) for seed in count(1) if str(seed) != config.class_order), []
         for order in [config.class_order, *islice(seeds, (runs or 1) - 1)]:
             out = f"{made}/order-{order}" if runs else made
@@ -1267,7 +1291,7 @@ def main(argv=None):
         print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --batch-size may help.", file=sys.stderr)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
-    if made and Path(made).is_dir() and not os.listdir(made):
+    if made and not given and not os.listdir(made):
         os.rmdir(made)  # nothing was begun
     return 2
 

@@ -515,7 +515,7 @@ def test_fused_scores_are_a_softmax_of_probabilities_plus_beta_times_the_heads()
     p = torch.exp(text.double()) / torch.exp(text.double()).sum(1, keepdim=True)
     expected = torch.exp(p) / torch.exp(p).sum(1, keepdim=True)
     expected = expected + 4 * torch.exp(visual) / torch.exp(visual).sum(1, keepdim=True)
-    torch.testing.assert_close(fused_scores(text, visual).double(), expected)
+    torch.testing.assert_close(fused_scores(text, visual).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_that_is_not_finite_names_epoch_and_step(tiny):
@@ -525,6 +525,11 @@ def test_loss_that_is_not_finite_names_epoch_and_step(tiny):
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -621,17 +626,22 @@ def test_a_run_cut_off_goes_on_as_if_it_had_not_been(workplace, monkeypatch, cap
     assert "python mgclip.py --resume cut" in capsys.readouterr().err
     assert [e["event"] for e in events("cut")].count("task") == 1
     monkeypatch.setattr(mgclip, "evaluate", evaluate)
-    assert main(["--resume", "cut"]) == 0
-    assert without_times("cut") == without_times("whole")
+    cut = Path("cut").resolve()
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    assert main(["--resume", str(cut), "--device", "cpu"]) == 0
+    assert without_times(cut) == without_times(workplace / "whole")
 
 
 def test_runs_with_the_same_options_get_numbered_folders(workplace):
     assert [run(Config(**OPTIONS))["folder"] for _ in range(2)] == ["runs/folder-0.1-4-0", "runs/folder-0.1-4-0-2"]
 
 
-def test_a_run_that_does_not_begin_leaves_no_folder(workplace, capsys):
+def test_a_run_that_does_not_begin_leaves_no_folder_but_one_that_was_there(workplace, capsys):
+    Path("mine").mkdir()
     refused(capsys, "--dataset folder --data-root nowhere", "nowhere")
-    assert list(Path("runs").iterdir()) == []
+    refused(capsys, "--dataset folder --data-root nowhere --out mine", "nowhere")
+    assert list(Path("runs").iterdir()) == [] and Path("mine").is_dir()
 
 
 OPTIONS = dict(dataset="folder", data_root="images", model="tiny.pt", tasks=2, epochs=0, device="cpu")
@@ -646,12 +656,16 @@ def test_tasks_are_as_even_as_can_be_and_follow_the_order(workplace, monkeypatch
 
 
 def test_class_names_come_from_classes_txt_else_imagenet_else_the_folders(tmp_path):
-    folders = ["n01", "n02"]
+    folders = ["n01443537", "n01484850"]
     assert mgclip.class_names(tmp_path, folders) == folders
-    (tmp_path / "README.txt").write_text("Some words of introduction\n\nn01 goldfish\nn02 great white shark\n")
+    text = "Some words of introduction\n\nn01443537 goldfish\nn01484850 great white shark\n"
+    (tmp_path / "README.txt").write_text(text)
     assert mgclip.class_names(tmp_path, folders) == ["goldfish", "great white shark"]
-    (tmp_path / "classes.txt").write_text("\ufeffn02 shark\nn01 fish\n", encoding="utf-8")
+    assert mgclip.class_names(tmp_path, ["Some"]) == ["Some"]  # no synset: not ImageNet-R's README.txt
+    (tmp_path / "classes.txt").write_text("\ufeffn01484850\tshark\nn01443537 fish\n", encoding="utf-8")
     assert mgclip.class_names(tmp_path, folders) == ["fish", "shark"]
+    (tmp_path / "classes.txt").write_text("sea horse the fish\nsea salt\n")
+    assert mgclip.class_names(tmp_path, ["sea", "sea horse"]) == ["salt", "the fish"]
     synsets = [f"n{i:08d}" for i in range(1000)]
     assert mgclip.class_names(tmp_path / "none", synsets)[:2] == ["tench", "goldfish"]
 
@@ -787,20 +801,28 @@ def refused(capsys, arguments, *words):
         (FOLDER + " --search all", ("--search", "first")),
         (FOLDER + " --zeroshot birds", ("--zeroshot birds", "NAME=FOLDER")),
         (FOLDER + " --zeroshot birds=nowhere", ("nowhere", "test/")),
-        (FOLDER + " --train-list nowhere.txt", ("--train-list nowhere.txt", "cannot be read")),
-        (FOLDER + " --test-list images/list.txt", ("--test-list images/list.txt", "images/a/b.png", "--data-root")),
+        (FOLDER + " --train-list nowhere.txt", ("--train-list", "nowhere.txt", "cannot be read")),
+        (FOLDER + " --test-list images/list.txt", ("--test-list", "list.txt", "images/a/b.png", "--data-root")),
         (FOLDER + " --dataset imagenet-r", ("official", "200 classes", "holds 6", "natural")),
         (FOLDER + " --runs 0", ("--runs",)),
-        (FOLDER + " --json", ("--json",)),
+        (FOLDER + " --json", ("--json", "a new run")),
+        (FOLDER + " --train-list images/all.txt --test-list images/all.txt", ("--test-list", "a training image, too")),
+        (FOLDER + " --zeroshot flat=flat", ("flat/test", "no class folder")),
+        (FOLDER + " --zeroshot a=images a=images", ("--zeroshot", "one name")),
+        (FOLDER + " --zeroshot =images", ("--zeroshot =", "NAME=FOLDER")),
+        (FOLDER + " --search each --epochs 3", ("--search each", "--epochs 3")),
+        ("--train-list images/all.txt", ("--train-list", "patterns")),
+        (["--resume", ""], ("--resume", "config.json")),
         ("--predict a.png", ("--predict", "--resume RUN")),
         ("--predict a.png --resume nowhere", ("--resume nowhere", "config.json")),
         ("--predict a.png --resume nowhere --alpha 1", ("--alpha", "--predict")),
-        ("--plot nowhere", ("--plot nowhere", "metrics.jsonl")),
         ("--plot nowhere --alpha 1", ("--alpha", "--plot")),
     ],
 )
 def test_bad_option_is_one_message(workplace, capsys, options, words):
     Path("images/list.txt").write_text("test\na/b.png\n")
+    Path("images/all.txt").write_text("\n".join(f"train/{name}/0.png" for name in NAMES))
+    Path("flat/test").mkdir(parents=True)
     refused(capsys, options, *words)
 
 
@@ -1240,6 +1262,7 @@ def test_plot_draws_a_row_of_three_panels_per_run(workplace, capsys):
     with Image.open("a/plot.png") as one:
         width, height = one.size
     assert capsys.readouterr().out.count("plot.png") == 1
+    refused(capsys, "--plot nowhere", "--plot nowhere", "metrics.jsonl")
     assert main(["--plot", "b", "a"]) == 0
     with Image.open("b/plot.png") as two:
         assert two.size == (width, 2 * height) and 1200 < width < 2000
@@ -1250,6 +1273,13 @@ def test_plot_draws_a_row_of_three_panels_per_run(workplace, capsys):
         for colours, panel in zip((left + row * [grey], middle, right), np.array_split(part, 3, axis=1)):
             drawn = [(panel == colour).all(-1).sum() > 20 for colour in (blue, orange, green, red, grey)]
             assert drawn == [colour in colours for colour in (blue, orange, green, red, grey)]
+
+
+def test_plot_of_what_is_no_run_is_one_message(workplace, capsys):
+    pytest.importorskip("matplotlib")
+    for text in ("{}", "7", "words"):
+        Path("metrics.jsonl").write_text(text)
+        refused(capsys, "--plot .", "--plot .", "not a run's")
 
 
 def test_plot_without_matplotlib_says_how_to_install_it(workplace, capsys, monkeypatch):
