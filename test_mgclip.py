@@ -1,11 +1,13 @@
 """Claims about MG-CLIP, each tested on tiny models and made-up data: `pytest -q` runs them without any download."""
 
 import copy
+import functools
 import io
 import json
 import math
 import pickle
 import re
+import shutil
 import sys
 import urllib.error
 from pathlib import Path
@@ -104,10 +106,15 @@ GOLDEN = {
 }  # fmt: skip
 
 
-def made_up_clip(seed=0):
-    """A CLIP of 2-layer, width-64 towers for 32 x 32 pixels, weights drawn with NumPy by order of name."""
-    model, rs, state = clip.model.CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).eval(), np.random.RandomState(seed), {}
-    for name, weight in sorted(model.state_dict().items()):
+def untrained_clip():
+    return clip.model.CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).eval()
+
+
+@functools.cache
+def made_up_weights(seed):
+    """Weights for a CLIP of 2-layer, width-64 towers for 32 x 32 pixels, drawn with NumPy by order of name."""
+    rs, state = np.random.RandomState(seed), {}
+    for name, weight in sorted(untrained_clip().state_dict().items()):
         if name == "logit_scale":
             state[name] = torch.tensor(math.log(100))
             continue
@@ -121,7 +128,12 @@ def made_up_clip(seed=0):
         else:
             draw = draw * (draw.shape[-1] ** -0.5 if draw.ndim >= 2 else 0.05)
         state[name] = torch.tensor(draw, dtype=torch.float32)
-    model.load_state_dict(state)
+    return state
+
+
+def made_up_clip(seed=0):
+    model = untrained_clip()
+    model.load_state_dict(made_up_weights(seed))
     return model
 
 
@@ -532,19 +544,26 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder to run in, with a tiny checkpoint and a folder data set of six classes; nothing is kept outside it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    torch.save(made_up_clip().state_dict(), tmp_path / "tiny.pt")
-    rs = np.random.RandomState(0)
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A tiny checkpoint and a folder data set of six classes."""
+    root, rs = tmp_path_factory.mktemp("template"), np.random.RandomState(0)
+    torch.save(made_up_clip().state_dict(), root / "tiny.pt")
     for c, name in enumerate(NAMES):
         for split, n in (("train", 6), ("test", 3)):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (root / "images" / split / name).mkdir(parents=True)
             for i in range(n):
                 pixels = np.clip(rs.randint(0, 80, (36, 40, 3)) + 30 * c, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(template, tmp_path, monkeypatch):
+    """A folder of its own to run in, with what the template holds; nothing is kept outside it."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
