@@ -35,7 +35,7 @@ Three commands:
     python mgclip.py --dataset folder --data-root DIR --tasks 10    your own DIR/{train,test}/<class>/<images>
 
 Parts: 1 the modality gap, 2 LoRA, 3 CLIP features, 4 preserve the gap, 5 compensate, 6 the algorithm;
-7 data and weights, 8 results, 9 demo, 10 command line.
+7 data and weights, 8 results (analyses, log, predictions, pictures), 9 demo, 10 command line.
 """
 
 import argparse

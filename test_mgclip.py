@@ -592,7 +592,9 @@ def test_a_run_writes_its_options_its_metrics_and_its_checkpoint(workplace, caps
     assert [len(e["per_task"]) for e in tasks] == [1, 2, 3]
     for e in tasks:
         assert e["accuracy"] == pytest.approx(np.mean(e["per_task"]))  # micro: every task here has six test images
-        names = "task classes_seen accuracy text_accuracy visual_accuracy per_task pos neg epochs seconds images_per_second"
+        names = (
+            "task classes_seen accuracy text_accuracy visual_accuracy per_task pos neg epochs seconds images_per_second"
+        )
         assert set(e) == {"event", *names.split()}
     assert end["accuracy"] == [e["accuracy"] for e in tasks]
     assert (end["avg"], end["last"]) == (pytest.approx(np.mean(end["accuracy"])), end["accuracy"][-1])
