@@ -537,21 +537,20 @@ def load_folder(config):
     root, lists = Path(config.data_root), dict(train=config.train_list, test=config.test_list)
     files = {split: read_list(root, path, split) if path else scan(root, split) for split, path in lists.items()}
     classes = natural_order(files["train"].keys() | files["test"].keys())
+    if config.dataset == "imagenet100":
+        classes = classes[:100]  # ImageNet-1K's first 100 synsets
     for split, c in product(files, classes):
         if not files[split].get(c):
             raise ValueError(f"--data-root {root}: there is no {split} image of class {c}")
     twice = set(chain(*files["train"].values())) & set(chain(*files["test"].values()))
     if twice:
         raise ValueError(f"--test-list {config.test_list}: {min(twice)} is a training image, too")
-    names = class_names(root, classes)
-    if config.dataset == "imagenet100":  # ImageNet-1K's first 100 synsets
-        classes, names = classes[:100], names[:100]
 
     def read(split, chosen, size):
         paths = [files[split][classes[c]] for c in chosen]
         return decode_all(list(chain(*paths)), size, config.workers, f"decoding {split}"), numbered(paths)
 
-    return names, read
+    return class_names(root, classes), read
 
 
 def scan(root, split):
@@ -1163,10 +1162,11 @@ def settle(config):
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
     precision = config.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
     machine = dict(device=device, precision=precision, workers=config.workers or os.cpu_count() or 1)
-    paths = {name: getattr(config, name) for name in ("data_root", "train_list", "test_list", "model")}
-    absolute = {k: os.path.abspath(v) for k, v in paths.items() if v and (k != "model" or os.path.isfile(v))}
-    zeroshot = [re.sub("=(.+)", lambda folder: "=" + os.path.abspath(folder[1]), name) for name in config.zeroshot]
-    return replace(config, **machine, **absolute, zeroshot=zeroshot)  # --resume may come from another folder
+    absolute = lambda path: path and os.path.abspath(path)  # --resume may come from another folder
+    model = absolute(config.model) if os.path.isfile(config.model) else config.model
+    lists = dict(train_list=absolute(config.train_list), test_list=absolute(config.test_list))
+    zeroshot = [re.sub("=(.+)", lambda folder: "=" + absolute(folder[1]), entry) for entry in config.zeroshot]
+    return replace(config, **machine, **lists, model=model, data_root=absolute(config.data_root), zeroshot=zeroshot)
 
 
 def prompt_tokens(template, names):
