@@ -428,7 +428,7 @@ def run(config):
         seen += names
         if t <= done:
             continue
-        if E is None or (config.search == "each" and config.epochs is None):  # D_1 alone
+        if E is None or config.search == "each":  # on D_1 alone, but for --search each
             report = partial(log.search, t)
             with autocast:
                 E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, report=report)  # lines 2-5
@@ -542,9 +542,10 @@ def load_folder(config):
     for split, c in product(files, classes):
         if not files[split].get(c):
             raise ValueError(f"--data-root {root}: there is no {split} image of class {c}")
-    twice = set(chain(*files["train"].values())) & set(chain(*files["test"].values()))
-    if twice:
-        raise ValueError(f"--test-list {config.test_list}: {min(twice)} is a training image, too")
+    if any(lists.values()):
+        twice = set(chain(*files["train"].values())) & set(chain(*files["test"].values()))
+        if twice:
+            raise ValueError(f"--test-list {config.test_list}: {min(twice)} is a training image, too")
 
     def read(split, chosen, size):
         paths = [files[split][classes[c]] for c in chosen]
@@ -787,8 +788,8 @@ def new_folder(config):
             pass
 
 
-def read_run(folder, **record):
-    """(options, checkpoint or None) of a run. Raises ValueError if a SHA-256 of record is not the run's."""
+def read_config(folder, **record):
+    """The options of a run. Raises ValueError if a SHA-256 of record is not the run's."""
     path = Path(folder, "config.json")
     try:
         stored = json.loads(path.read_text())
@@ -798,9 +799,14 @@ def read_run(folder, **record):
     for name, value in record.items():
         if name.endswith("sha256") and stored.get(name) != value:
             raise ValueError(f"--resume {folder}: {name} is not what the run began with")
+    return config
+
+
+def read_checkpoint(folder):
+    """What `Log.save` wrote, or None if there is nothing yet."""
     path = Path(folder, "checkpoint.pt")
     try:
-        return config, torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     except Exception as error:  # zip and pickle errors alike
         raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
 
@@ -825,7 +831,8 @@ class Log:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if config.resume is not None:
-                self.state = read_run(self.folder, **record)[1] or self.state
+                read_config(self.folder, **record)
+                self.state = read_checkpoint(self.folder) or self.state
             elif (self.folder / "config.json").exists():
                 raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
             else:
@@ -904,12 +911,11 @@ def predict(folder, paths, device=None, as_json=False):
 
     fused: Eq. 5; text: CLIP's probability of the class; visual: the cosine with its row of W_v.
     """
-    config, state = read_run(folder)
-    config = settle(replace(config, device=device))
+    config, state = settle(replace(read_config(folder), device=device)), read_checkpoint(folder)
     if state is None:
         raise ValueError(f"--resume {folder}: has no checkpoint yet; one comes with the first task that is learned")
     model, model_sha256 = load_weights(config.model, config.device)
-    read_run(folder, model_sha256=model_sha256)
+    read_config(folder, model_sha256=model_sha256)
     lora, head, status = add_lora(model, config.rank), CosineHead(model.text_projection.shape[1]), 0
     restore(state, lora, head)
     texts = encode_texts(model, prompt_tokens(config.template, state["classes"]))  # (K, D)
@@ -1134,7 +1140,7 @@ class Config:
 def settle(config):
     """The options as they will run: checked, none open but `epochs`. Raises ValueError naming the option."""
     if config.resume is not None:
-        stored, _ = read_run(config.resume)
+        stored = read_config(config.resume)
         config = replace(stored, out=config.resume, resume=config.resume, device=config.device or stored.device)
     elif config.dataset in PRESETS:
         preset = {name: value for name, value in PRESETS[config.dataset].items() if hasattr(config, name)}
@@ -1194,10 +1200,10 @@ def prepare(config):
     prompts(names)
     model, model_sha256 = load_weights(config.model, config.device)
     size = model.visual.input_resolution
+    if len({entry.partition("=")[0] for entry in config.zeroshot}) < len(config.zeroshot):
+        raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
     others = [load_zeroshot(entry, config, size) for entry in config.zeroshot]
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
-    if len({name for name, *_ in others}) < len(others):
-        raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
     if config.compile:
         model.visual.compile()
     clips = [f"{name} {version(name)}" for name in packages_distributions().get("clip", [])]  # clip or clip-anytorch
