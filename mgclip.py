@@ -46,7 +46,9 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -54,6 +56,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -66,6 +69,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 from torchvision import transforms
@@ -75,7 +79,36 @@ with warnings.catch_warnings():  # clip's import of pkg_resources warns
     warnings.simplefilter("ignore")
     import clip
 
-progress = partial(tqdm, unit=" images", leave=False, disable=None)  # disable=None: no bar unless on a terminal
+# None: no bar unless on a terminal
+progress = partial(tqdm, unit=" images", leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
+
+
+def process():
+    """(rank, ranks): the number of this process and how many torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(tensor):
+    """The tensor, in place the sum over all processes. Raises ConnectionError if one of them has gone."""
+    try:
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+    except RuntimeError as error:
+        why = str(error).partition(". ")[0][:200]
+        raise ConnectionError(f"another process of this run has stopped; --resume goes on ({why})") from error
+    return tensor
+
+
+@contextmanager
+def rank_0_first():
+    """Within it process 0 goes ahead, to download or to write what the others then find."""
+    rank, _ = process()
+    if rank:
+        summed(torch.zeros(1))
+    yield
+    if not rank:
+        summed(torch.zeros(1))
+
 
 # 1 The modality gap ---------------------------------------------------------------------------------------------------
 
@@ -160,11 +193,24 @@ def resize_and_crop(images, size):
 def encode_images(model, images):
     """Image features: uint8 (N, 3, H, W) of any size -> (N, D) float32, unit norm, on the model's device.
 
-    Resize, crop and CLIP's normalisation happen here, with no augmentation. Gradients flow to the LoRA.
+    Resize, crop and CLIP's normalisation happen here, with no augmentation. Gradients flow to the LoRA. CLIP's
+    `encode_image` is written out because only the class token leaves the last block: no other goes through all of it.
     """
-    pixels = resize_and_crop(images.to(model.logit_scale.device), model.visual.input_resolution) / 255
+    vit, device = model.visual, model.logit_scale.device
+    if device.type == "cuda" and not images.is_cuda:
+        images = images.pin_memory()  # so that the copy does not wait for the GPU
+    pixels = resize_and_crop(images.to(device, non_blocking=True), vit.input_resolution) / 255
     pixels = transforms.functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
-    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+    x = vit.conv1(pixels).flatten(2).permute(2, 0, 1)  # (patches, N, d)
+    x = torch.cat([vit.class_embedding.to(x.dtype).expand(1, len(images), -1), x])
+    x = vit.ln_pre(x + vit.positional_embedding[:, None].to(x.dtype))  # (patches + 1, N, d)
+    *blocks, last = vit.transformer.resblocks
+    for block in blocks:
+        x = block(x)
+    y = last.ln_1(x)
+    x = x[:1] + last.attn(y[:1], y, y, need_weights=False)[0]  # (1, N, d)
+    x = x[0] + last.mlp(last.ln_2(x[0]))
+    return F.normalize((vit.ln_post(x) @ vit.proj).float(), dim=-1)
 
 
 def encode_texts(model, tokens):
@@ -187,23 +233,33 @@ def encode_texts(model, tokens):
     return F.normalize((model.ln_final(x) @ model.text_projection).float(), dim=-1)
 
 
+def images_at_once(model):
+    """As many images as a GPU is busy with, or as keep a CPU's widest activation, 4 d a token, within 32 MB."""
+    tokens, d = model.visual.positional_embedding.shape
+    return 256 if model.logit_scale.is_cuda else max(1, 2**25 // (tokens * 4 * d * 4))
+
+
 @torch.no_grad()
-def extract_features(model, images, batch_size=256, desc="image features"):
-    """`encode_images` in batches, without gradients: uint8 (N, 3, H, W) -> (N, D)."""
-    features = []
+def extract_features(model, images, chunk_size=None, desc="image features"):
+    """`encode_images`, chunk_size at a time, without gradients: uint8 (N, 3, H, W) -> (N, D), the same in all processes.
+
+    Every process encodes its share. chunk_size: None is `images_at_once`.
+    """
+    rank, ranks = process()
+    features = torch.zeros(len(images), model.text_projection.shape[1], device=model.logit_scale.device)
     with progress(desc=desc, total=len(images)) as bar:
-        for batch in images.split(batch_size):
-            features.append(encode_images(model, batch))
-            bar.update(len(batch))
-    return torch.cat(features)
+        for rows in torch.arange(rank, len(images), ranks).split(chunk_size or images_at_once(model)):
+            features[rows] = encode_images(model, images[rows])
+            bar.update(ranks * len(rows))
+    return summed(features)
 
 
 # 4 Preserve the gap ---------------------------------------------------------------------------------------------------
 
 
 def mean_loss(losses, where):
-    """Mean of an epoch's losses (scalar tensors); raises FloatingPointError naming the first that is not finite."""
-    losses = torch.stack(losses).tolist()  # read once an epoch, not in every step
+    """Mean of an epoch's losses (steps,); raises FloatingPointError naming the first that is not finite."""
+    losses = losses.tolist()  # read once an epoch, not in every step
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
             raise FloatingPointError(f"{where}, step {step}: the loss is {loss}; a smaller learning rate may help")
@@ -232,40 +288,55 @@ def untouched_logits(model, lora, images, tokens):
         return model.logit_scale.exp() * cosine(features, encode_texts(model, tokens))
 
 
-def train_epochs(model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc, align=0.0, distill=0.0):
+def train_epochs(
+    model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc, align=0.0, distill=0.0, chunk_size=None
+):
     """Train the LoRA on one task by the masked cross-entropy; a generator of each epoch's mean loss.
 
     The loss is over the task's own classes: older ones are masked, so their prompts, without gradient, are not encoded.
-    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
+    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code). Every process takes its
+    share of a batch, chunk_size images at a time; the gradients add up to those of the whole batch.
     """
-    labels = labels.to(model.logit_scale.device, torch.long)
+    device, (rank, ranks) = model.logit_scale.device, process()
+    labels = labels.to(device, torch.long)
     logits_0 = untouched_logits(model, lora, images, tokens) if distill else None  # (N, K), once: no augmentation
+    chunk_size = chunk_size or (batch_size if device.type == "cuda" else images_at_once(model))
     optimizer = torch.optim.Adam(lora, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
     with progress(desc=desc, total=epochs * len(images)) as bar:
         for epoch in range(1, epochs + 1):
-            losses = []
-            for batch in torch.randperm(len(images), generator=generator).split(batch_size):
-                x, texts = encode_images(model, images[batch]), encode_texts(model, tokens)  # (n, D), (K, D)
-                logits = model.logit_scale.exp() * cosine(x, texts)  # (n, K)
-                loss = F.cross_entropy(logits, labels[batch])
-                if align:  # Fig. 2b: the gap between an image and its own text is made to close
-                    loss = loss + align * (x - texts[labels[batch]]).square().sum(1).mean()
-                if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
-                    p, p_0 = ((z / 2).log_softmax(1) for z in (logits, logits_0[batch]))
-                    loss = loss + distill * 2**2 * F.kl_div(p, p_0, reduction="batchmean", log_target=True)
-                optimizer.zero_grad()
-                loss.backward()
+            batches = torch.randperm(len(images), generator=generator).split(batch_size)
+            losses = torch.zeros(len(batches), device=device)
+            for step, batch in enumerate(batches):
+                encoded = encode_texts(model, tokens)  # (K, D), once a step: `texts` collects the chunks' gradients
+                texts = encoded.detach().requires_grad_()
+                for p in (texts, *lora):
+                    p.grad = torch.zeros_like(p)
+                for chunk in batch[rank::ranks].split(chunk_size):
+                    x, y = encode_images(model, images[chunk]), labels[chunk]  # (n, D), (n,)
+                    logits = model.logit_scale.exp() * cosine(x, texts)  # (n, K)
+                    loss = F.cross_entropy(logits, y)
+                    if align:  # Fig. 2b: the gap between an image and its own text is made to close
+                        loss = loss + align * (x - texts[y]).square().sum(1).mean()
+                    if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
+                        p, p_0 = ((z / 2).log_softmax(1) for z in (logits, logits_0[chunk]))
+                        loss = loss + distill * 2**2 * F.kl_div(p, p_0, reduction="batchmean", log_target=True)
+                    loss = loss * len(chunk) / len(batch)
+                    loss.backward()
+                    losses[step] += loss.detach()
+                    bar.update(ranks * len(chunk))
+                encoded.backward(texts.grad)
+                if ranks > 1:
+                    gradient = summed(nn.utils.parameters_to_vector([p.grad for p in lora]))
+                    nn.utils.vector_to_parameters(gradient, [p.grad for p in lora])
                 optimizer.step()
-                losses.append(loss.detach())
-                bar.update(len(batch))
             schedule.step()
-            yield mean_loss(losses, f"{desc}, epoch {epoch}")
+            yield mean_loss(summed(losses), f"{desc}, epoch {epoch}")
 
 
 def finetune(
     model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, align=0.0, distill=0.0,
-    desc="finetune",
+    chunk_size=None, desc="finetune",
 ):  # fmt: skip
     """Train the LoRA for `epochs` epochs on one task (line 7).
 
@@ -273,22 +344,24 @@ def finetune(
     labels (N,): int, rows of tokens (K, 77), both of the current task alone; generator: the CPU generator of the order.
     align, distill: weights of the baselines' losses, none in the method: the squared distance of matched unit-norm
     features (Fig. 2b), and the KL from the untouched CLIP's probabilities over the K classes (Table 5).
+    chunk_size: images of a batch to encode at a time, for less memory and the same step; None is all on a GPU.
     Returns the mean loss of each epoch. Raises FloatingPointError, which names epoch and step, if one is not finite.
     """
-    options = (epochs, lr, batch_size, generator, desc, align, distill)
+    options = (epochs, lr, batch_size, generator, desc, align, distill, chunk_size)
     return list(train_epochs(model, lora, images, labels, tokens, *options))
 
 
 @torch.no_grad()
-def measure_gap(model, images, labels, tokens):
+def measure_gap(model, images, labels, tokens, chunk_size=None):
     """(pos, neg) of a model on images and prompts (Eq. 1, Eq. 2), always computed in float32."""
     with torch.autocast(model.logit_scale.device.type, enabled=False):
-        return similarity_gap(extract_features(model, images, desc="gap"), encode_texts(model, tokens), labels)
+        features = extract_features(model, images, chunk_size, desc="gap")
+        return similarity_gap(features, encode_texts(model, tokens), labels)
 
 
 def find_epochs(
     model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, lr=1e-3, batch_size=128, generator=None,
-    align=0.0, distill=0.0, report=lambda entry: None,
+    align=0.0, distill=0.0, chunk_size=None, report=lambda entry: None,
 ):  # fmt: skip
     """The number of epochs that leaves the gap within alpha, found on the first task (lines 2-5, Eq. 3).
 
@@ -298,15 +371,15 @@ def find_epochs(
     which also goes to report as it comes.
     Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
     """
-    pos, neg_0 = measure_gap(model, images, labels, tokens)  # line 2
+    pos, neg_0 = measure_gap(model, images, labels, tokens, chunk_size)  # line 2
     if not abs(neg_0) > 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
     report(history[-1])
-    options = (max_epochs, lr, batch_size, generator, "search", align, distill)
+    options = (max_epochs, lr, batch_size, generator, "search", align, distill, chunk_size)
     with kept(lora):  # line 5: restore the untrained LoRA
         for e, _ in enumerate(train_epochs(model, lora, images, labels, tokens, *options), 1):  # line 3
-            pos, neg = measure_gap(model, images, labels, tokens)
+            pos, neg = measure_gap(model, images, labels, tokens, chunk_size)
             delta = abs(neg - neg_0) / abs(neg_0)  # Eq. 3
             if not math.isfinite(delta):
                 raise FloatingPointError(f"search, epoch {e}: neg is {neg}; a smaller learning rate may help")
@@ -365,7 +438,7 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-        history.append(mean_loss(losses, f"{desc}, epoch {epoch}"))
+        history.append(mean_loss(torch.stack(losses), f"{desc}, epoch {epoch}"))
     head.weight.data[head.first_new :] = rows.detach()
     return history
 
@@ -383,7 +456,7 @@ def fused_scores(text_logits, visual_cosines, beta=4.0):
 
 
 @torch.no_grad()
-def evaluate(model, head, tests, tokens, beta):
+def evaluate(model, head, tests, tokens, beta, chunk_size=None):
     """Accuracy in per cent over all classes seen so far (lines 10 and 11).
 
     tests: an (images, labels) pair per task so far; tokens (K, 77): the prompts of all K classes seen.
@@ -393,7 +466,7 @@ def evaluate(model, head, tests, tokens, beta):
     text_features = encode_texts(model, tokens)  # (K, D), once for all images
     correct = []
     for images, labels in tests:
-        features = extract_features(model, images, desc="test images")  # (N, D)
+        features = extract_features(model, images, chunk_size, desc="test images")  # (N, D)
         text_logits = model.logit_scale.exp() * cosine(features, text_features)  # (N, K)
         visual_cosines = head(features)  # (N, K)
         scores = fused_scores(text_logits, visual_cosines, beta)  # line 10
@@ -412,7 +485,7 @@ def run(config):
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator)
+    lora_options = dict(lr=config.lr, batch_size=config.batch_size, generator=generator, chunk_size=config.chunk_size)
     lora_options |= dict(align=config.align, distill=config.distill)
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
     search = dict(alpha=config.alpha, max_epochs=config.max_epochs, **lora_options)
@@ -423,7 +496,8 @@ def run(config):
     seen, tests = [], []
     if not done:
         log.zeroshot(0, model, others)
-    for t, (names, images, labels, test_images, test_labels) in enumerate(tasks, 1):  # line 6
+    for t, task in enumerate(tasks, 1):  # line 6
+        names, images, labels, test_images, test_labels = task()
         tests.append((test_images, test_labels + len(seen)))
         seen += names
         if t <= done:
@@ -436,17 +510,18 @@ def run(config):
         began = time.perf_counter()
         with autocast:
             finetune(model, lora, images, labels, prompts(names), E, **lora_options, desc=f"task {t}")  # line 7
-        features = extract_features(model, images)  # line 8: from here on f stands still; (N, D)
+            features = extract_features(model, images, config.chunk_size)  # line 8: from here on f stands still; (N, D)
         head.add_classes(class_prototypes(features, labels))  # line 8
         fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
         with autocast:
-            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
+            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta, config.chunk_size)  # 10, 11
         with torch.no_grad():
             gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
         encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
         log.task(t, len(seen), accuracies, per_task, gap, E, encoded, time.perf_counter() - began)
         log.zeroshot(t, model, others)
         log.save(t, E, lora, head, generator, seen)
+        del images, features  # to make room for the next task's
     parameters = sum(p.numel() for p in lora) + head.weight.numel()
     return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12
 
@@ -549,7 +624,7 @@ def load_folder(config):
 
     def read(split, chosen, size):
         paths = [files[split][classes[c]] for c in chosen]
-        return decode_all(list(chain(*paths)), size, config.workers, f"decoding {split}"), numbered(paths)
+        return decode_all(list(chain(*paths)), size, config, split), numbered(paths)
 
     return class_names(root, classes), read
 
@@ -604,14 +679,53 @@ def decode(path, size):
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def decode_all(paths, size, workers, desc):
+def decode_all(paths, size, config, what):
     """`decode` of all files, in parallel, with a bar: uint8 (N, 3, size, size)."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor(workers) as pool:  # Pillow lets go of Python's lock while it decodes
-        decoded = pool.map(partial(decode, size=size), paths)
-        for i, image in enumerate(progress(decoded, desc=desc, total=len(paths))):
-            images[i] = image
+    rank, ranks = process()
+    images = room((len(paths), 3, size, size), config, what)
+    with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes
+        decoded = pool.map(partial(decode, size=size), paths[rank::ranks])
+        for i, image in enumerate(progress(decoded, desc=f"decoding {what}", total=len(paths[rank::ranks]))):
+            images[rank + i * ranks] = image
+    summed(torch.zeros(1))  # the other processes' images are there, too
     return images
+
+
+def room(shape, config, what):
+    """uint8 zeros for decoded images: in memory, or where that is short, or several processes share them, in a file.
+
+    The file has no name any more when it is returned: however the run ends, the disk is free again.
+    """
+    (rank, ranks), size = process(), math.prod(shape)
+    free = 0.8 * free_memory() if config.memory is None else 1e9 * config.memory
+    if ranks == 1 and size <= free:
+        return torch.zeros(shape, dtype=torch.uint8)
+    path = Path(config.out, "images")
+    print(f"{what}: {shape[0]:,} decoded images, {size / 1e9:.2f} GB, go to a file in {path.parent}", flush=True)
+    try:
+        with rank_0_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not rank:
+                with open(path, "wb") as file:
+                    getattr(os, "posix_fallocate", lambda fd, _, size: os.truncate(fd, size))(file.fileno(), 0, size)
+            images = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        summed(torch.zeros(1))  # all have it open
+    except ConnectionError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--out {path.parent}: no room for {size / 1e9:.2f} GB of decoded {what} ({error})") from error
+    finally:
+        if not rank:
+            path.unlink(missing_ok=True)
+    return images.view(shape)
+
+
+def free_memory():
+    """Bytes that programs can have without swapping, as Linux estimates it; elsewhere half of what there is."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def class_names(root, folders):
@@ -636,13 +750,17 @@ def class_names(root, folders):
 
 
 def task_stream(names, read, groups, size, done=0):
-    """Yields a task at a time: (names, train_images, train_labels, test_images, test_labels), labels from 0 in each.
+    """The tasks in order, each a function to call when it is due, so that its images are not read before.
 
+    It returns (names, train_images, train_labels, test_images, test_labels), labels from 0 in each task.
     groups: the classes of every task; done: so many tasks are over, and their training images not needed any more.
     """
-    for t, classes in enumerate(groups):
+
+    def task(t, classes):
         train = read("train", classes, size) if t >= done else (None, None)
-        yield [names[c] for c in classes], *train, *read("test", classes, size)
+        return [names[c] for c in classes], *train, *read("test", classes, size)
+
+    return [partial(task, t, classes) for t, classes in enumerate(groups)]
 
 
 def load_zeroshot(entry, config, size):
@@ -663,14 +781,15 @@ def load_zeroshot(entry, config, size):
         names, groups = class_names(root, classes), [files[c] for c in classes]
         paths, labels = list(chain(*groups)), numbered(groups)
     elif entry in kinds:
-        data = torchvision_data(kinds[name], config, split="test")
+        with rank_0_first():
+            data = torchvision_data(kinds[name], config, split="test")
         names, labels = [c.replace("_", " ") for c in data.classes], torch.tensor(data._labels)
         paths = data._image_files if name == "food101" else data._images
     else:
         raise ValueError(f"--zeroshot {entry}: must be food101, pets, imagenet1k, patterns or NAME=FOLDER")
     if len(paths) < 1:
         raise ValueError(f"--zeroshot {entry}: there is no test image")
-    return name, names, decode_all(paths, size, config.workers, f"decoding {name}"), labels
+    return name, names, decode_all(paths, size, config, name), labels
 
 
 def load_clip(name_or_path, device="cpu"):
@@ -772,7 +891,11 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the name
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has it as RuntimeError
+        raise OSError(f"{path}: cannot be written ({error}); what was there before is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -802,19 +925,33 @@ def read_config(folder, **record):
     return config
 
 
-def read_checkpoint(folder):
-    """What `Log.save` wrote, or None if there is nothing yet."""
+def read_checkpoint(folder, config):
+    """What `Log.save` wrote for a run of these options, or None if there is nothing yet."""
     path = Path(folder, "checkpoint.pt")
+    if not path.exists():
+        return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    except Exception as error:  # zip and pickle errors alike
-        raise ValueError(f"{path}: cannot be read, or is cut short ({error})") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        options, _ = state["options"], [state[key] for key in ("task", "epochs", "events", "seconds", "classes", "head")]
+    except Exception as error:  # zip, pickle and key errors alike
+        raise ValueError(f"{path}: cannot be read, is cut short or no checkpoint of mgclip ({error!r})") from error
+    for name, value in run_options(config).items():
+        if options.get(name) != value:
+            other = f"--{name.replace('_', '-')} {options.get(name)}"
+            raise ValueError(f"{path}: is of a run with {other}, and {folder}/config.json says {value}")
+    return state
+
+
+def run_options(config):
+    """The options that a run's numbers depend on, be it only by rounding."""
+    free = ("out", "resume", "device", "workers", "memory", "data_root", "model")
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def restore(state, lora, head, generator=None):
     """Bring back what a checkpoint holds. Returns the number of epochs, None if still open, and of tasks done."""
     if state["task"]:
-        for p, saved in zip(lora, state["lora"]):
+        for p, saved in zip(lora, state["lora"], strict=True):
             p.data.copy_(saved)
         head.add_classes(state["head"].to(lora[0].device))
         if generator:
@@ -823,39 +960,45 @@ def restore(state, lora, head, generator=None):
 
 
 class Log:
-    """A run's folder (config.json, metrics.jsonl, checkpoint.pt) and its tables on the terminal."""
+    """A run's folder (config.json, metrics.jsonl, checkpoint.pt), which process 0 writes, and its tables."""
 
     def __init__(self, config, record):
-        self.folder, self.header = Path(config.out), None
+        self.folder, self.header, self.options = Path(config.out), None, run_options(config)
         self.state = dict(task=0, epochs=config.epochs, events=[], seconds=0)
+        self.writes = process()[0] == 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if config.resume is not None:
                 read_config(self.folder, **record)
-                self.state = read_checkpoint(self.folder) or self.state
-            elif (self.folder / "config.json").exists():
-                raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
-            else:
+                self.state = read_checkpoint(self.folder, config) or self.state
+                for part in self.folder.glob(".*.*.[0-9]*") if self.writes else ():
+                    part.unlink()  # of a write that was cut off
+            elif self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if (self.folder / "config.json").exists():
+                    raise ValueError(f"--out {self.folder}: holds a run already; choose another folder, or --resume it")
                 text = json.dumps(asdict(config) | record, indent=2) + "\n"
                 write_whole(self.folder / "config.json", lambda path: path.write_text(text))
             self.events = self.state["events"]
             lines = "".join(json.dumps(event) + "\n" for event in self.events)
-            write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
+            if self.writes:
+                write_whole(self.folder / "metrics.jsonl", lambda path: path.write_text(lines))
         except OSError as error:
-            raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from error
+            raise ValueError(f"--out {self.folder}: cannot be written ({error})") from error
         self.began = time.perf_counter() - self.state["seconds"]
 
     def save(self, task, epochs, lora, head, generator, classes):
         """Replace checkpoint.pt."""
         model = dict(lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu(), classes=classes)
         state = dict(task=task, epochs=epochs, generator=generator.get_state(), events=self.events) | model
-        state["seconds"] = time.perf_counter() - self.began
-        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        state |= dict(seconds=time.perf_counter() - self.began, options=self.options)
+        if self.writes:
+            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, event, **values):
         self.events.append(dict(event=event, **values))
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(self.events[-1]) + "\n")
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.events[-1]) + "\n")
 
     def row(self, header, row, values):
         """Print a row of a table, below its header where another table stood last."""
@@ -911,7 +1054,8 @@ def predict(folder, paths, device=None, as_json=False):
 
     fused: Eq. 5; text: CLIP's probability of the class; visual: the cosine with its row of W_v.
     """
-    config, state = settle(replace(read_config(folder), device=device)), read_checkpoint(folder)
+    config = settle(replace(read_config(folder), device=device))
+    state = read_checkpoint(folder, config)
     if state is None:
         raise ValueError(f"--resume {folder}: has no checkpoint yet; one comes with the first task that is learned")
     model, model_sha256 = load_weights(config.model, config.device)
@@ -1131,7 +1275,11 @@ class Config:
     precision: str = option(None, "running", "of training and scoring; the gap is always fp32",
                             choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")  # fmt: skip
     compile: bool = option(False, "running", "torch.compile the image encoder", action="store_true")
+    chunk_size: int = option(None, "running", "images encoded at a time: fewer need less memory, the numbers stay",
+                             otherwise="a batch on cuda, what its caches hold on a cpu", low=1)  # fmt: skip
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
+    memory: float = option(None, "running", "GB of decoded images to keep before they go to a file",
+                           otherwise="0.8 of what is free", low=0)  # fmt: skip
     out: str = option(None, "running", "the run's folder",
                       otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")  # fmt: skip
     resume: str = option(None, "finished runs", "folder of a run that was cut off, to go on with it", otherwise="none")
@@ -1163,6 +1311,8 @@ def settle(config):
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's: each process has its own
         torch.empty(0, device=device).tolist()
     except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
@@ -1189,23 +1339,26 @@ def prepare(config):
     tasks: the stream; prompts: names -> tokens; others: (name, tokens, images, labels) of each --zeroshot data set.
     """
     config = settle(config)
-    names, read = dict(patterns=load_patterns, cifar100=load_cifar100).get(config.dataset, load_folder)(config)
-    twice = sorted(name for name, times in Counter(names).items() if times > 1)
-    if twice:
-        raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
-    expected = PRESETS[config.dataset]["classes"] or len(names)
-    if len(names) != expected:
-        print(f"mgclip: warning: {config.dataset} has {expected} classes, and here are {len(names)}", file=sys.stderr)
-    groups, prompts = task_groups(config, len(names)), partial(prompt_tokens, config.template)
-    prompts(names)
-    model, model_sha256 = load_weights(config.model, config.device)
+    with rank_0_first():  # it downloads what is to be downloaded, and says what is wrong
+        names, read = dict(patterns=load_patterns, cifar100=load_cifar100).get(config.dataset, load_folder)(config)
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        if twice:
+            raise ValueError(f"--data-root {config.data_root}: two classes have one name, '{twice[0]}'")
+        expected = PRESETS[config.dataset]["classes"] or len(names)
+        if len(names) != expected:
+            here = f"{config.dataset} has {expected} classes, and here are {len(names)}"
+            print(f"mgclip: warning: {here}", file=sys.stderr)
+        groups, prompts = task_groups(config, len(names)), partial(prompt_tokens, config.template)
+        prompts(names)
+        if len({entry.partition("=")[0] for entry in config.zeroshot}) < len(config.zeroshot):
+            raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
+        model, model_sha256 = load_weights(config.model, config.device)
     size = model.visual.input_resolution
-    if len({entry.partition("=")[0] for entry in config.zeroshot}) < len(config.zeroshot):
-        raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
     others = [load_zeroshot(entry, config, size) for entry in config.zeroshot]
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
     if config.compile:
-        model.visual.compile()
+        for block in model.visual.transformer.resblocks:
+            block.compile()
     clips = [f"{name} {version(name)}" for name in packages_distributions().get("clip", [])]  # clip or clip-anytorch
     versions = dict(python=platform.python_version(), torch=torch.__version__, clip=", ".join(clips))
     order_sha256 = sha256(json.dumps(list(chain(*groups))).encode())
@@ -1262,9 +1415,38 @@ def parse(argv):
     return options
 
 
+def meet():
+    """Join the processes that torchrun started, if it did: (rank, ranks). Raises ValueError if on several machines.
+
+    SIGTERM, torchrun's word that one of them has gone, then ends this one even while it waits for that one.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return 0, 1
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
+        raise ValueError("torchrun: the processes share files of one machine: --nproc-per-node alone, no --nnodes")
+    dist.init_process_group(timeout=timedelta(days=1))  # a download may be waited for
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Python calls this between two statements only, the pipe is at once
+    signal.set_wakeup_fd(write)
+
+    def wait():
+        while os.read(read, 1)[0] != signal.SIGTERM:
+            pass
+        message = f"mgclip: process {dist.get_rank()}: stopped, as another one has gone or torchrun was told to stop; "
+        print(message + "the finished tasks are kept: --resume goes on", file=sys.__stderr__, flush=True)
+        os._exit(143)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return process()
+
+
 def main(argv=None):
     """The command line: returns the exit status."""
     out = made = given = None
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         options = parse(argv)
         if "predict" in options:
@@ -1274,13 +1456,19 @@ def main(argv=None):
             return 0
         runs, draw = options.pop("runs", None), options.pop("plot", None) is not None
         config = settle(Config(**options))
-        given = config.out
-        out = made = given or new_folder(config)
+        rank, ranks = meet()
+        sys.stderr = sys.__stderr__ if rank else sys.stderr  # so far process 0 said what is wrong for all
+        given, folder = config.out, [config.out]
+        if not (rank or given):
+            folder = [new_folder(config)]
+        if ranks > 1:
+            dist.broadcast_object_list(folder)
+        out = made = folder[0]
         seeds, results = (str(seed) for seed in count(1) if str(seed) != config.class_order), []
         for order in [config.class_order, *islice(seeds, (runs or 1) - 1)]:
             out = f"{made}/order-{order}" if runs else made
             results.append(run(replace(config, class_order=order, out=out)))
-            if draw:
+            if draw and not rank:
                 print(plot([out]))
         if runs:
             print(f"\n{runs} class orders, mean and standard deviation:", end="")
@@ -1288,16 +1476,18 @@ def main(argv=None):
                 values = [result[name] for result in results]
                 print(f"   {name.capitalize()} {mean(values):.2f} ± {stdev(values) if runs > 1 else 0:.2f}", end="")
             print()
+        if ranks > 1:
+            dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         resume = f"; to go on: python mgclip.py --resume {out}" if out and Path(out, "config.json").exists() else ""
         print(f"\nmgclip: interrupted{resume}", file=sys.stderr)
         return 130
     except torch.cuda.OutOfMemoryError as error:
-        print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --batch-size may help.", file=sys.stderr)
+        print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --chunk-size may help.", file=sys.stderr)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
-    if made and not given and not os.listdir(made):
+    if made and not given and Path(made).is_dir() and not os.listdir(made):
         os.rmdir(made)  # nothing was begun
     return 2
 
