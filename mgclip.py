@@ -71,7 +71,6 @@ import torchvision
 from PIL import Image
 from torch import distributed as dist
 from torch import nn
-from torch.nn.utils import parametrize
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -88,6 +87,13 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def shares(rows, size):
+    """This process's share of rows (n,), in chunks of at most `size`."""
+    rank, ranks = process()
+    mine = rows[rank::ranks]
+    return mine.split(size) if len(mine) else ()
+
+
 def summed(tensor):
     """The tensor, in place the sum over all processes. Raises ConnectionError if one of them has gone."""
     try:
@@ -95,7 +101,7 @@ def summed(tensor):
             dist.all_reduce(tensor)
     except RuntimeError as error:
         why = str(error).partition(". ")[0][:200]
-        raise ConnectionError(f"another process of this run has stopped; --resume goes on ({why})") from error
+        raise ConnectionError(f"another process of this run has stopped ({why})") from error
     return tensor
 
 
@@ -139,25 +145,29 @@ def similarity_gap(image_features, text_features, labels):
 
 
 class KeyValueLoRA(nn.Module):
-    """ΔW = B A / r on the key and value rows of an attention block's stacked query-key-value weight."""
+    """CLIP's attention with LoRA: k = W x + B_k A_k x / r, W being CLIP's own, and v alike; q stays as it is."""
 
-    def __init__(self, d, rank):
+    def __init__(self, attn, rank):
         super().__init__()
+        self.attn, d = attn, attn.embed_dim
         self.A_k, self.A_v = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, d))) for _ in "kv")
-        self.B_k, self.B_v = (nn.Parameter(torch.zeros(d, rank)) for _ in "kv")  # zeros: ΔW = 0 before training
+        self.B_k, self.B_v = (nn.Parameter(torch.zeros(d, rank)) for _ in "kv")  # zeros: as it was before training
 
-    def forward(self, W):  # (3d, d)
-        r = len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
-        with torch.autocast(W.device.type, enabled=False):  # autocast's cached copies of A and B go stale as they train
-            delta_k, delta_v = self.B_k @ self.A_k / r, self.B_v @ self.A_v / r  # (d, d)
-        return W + F.pad(torch.cat([delta_k, delta_v]), (0, 0, len(delta_k), 0))  # queries stay as they are
+    def forward(self, query, x, _, need_weights=False, attn_mask=None):  # (n, N, d), as nn.MultiheadAttention takes it
+        attn, r = self.attn, len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
+        W, b = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+        q = F.linear(query, W[0], b[0])
+        k = F.linear(x, W[1], b[1]) + F.linear(F.linear(x, self.A_k), self.B_k / r)
+        v = F.linear(x, W[2], b[2]) + F.linear(F.linear(x, self.A_v), self.B_v / r)
+        heads = (y.unflatten(-1, (attn.num_heads, -1)).permute(1, 2, 0, 3) for y in (q, k, v))  # (N, heads, n, d/heads)
+        y = F.scaled_dot_product_attention(*heads, attn_mask).permute(2, 0, 1, 3).flatten(-2)  # (n, N, d)
+        return attn.out_proj(y), None
 
 
 def add_lora(model, rank=8):
     """Add LoRA to the key and value projections of both encoders, in place, and freeze everything else (line 1).
 
-    model: a `clip.model.CLIP` with a ViT image encoder. The adapter is a parametrisation of `attn.in_proj_weight`:
-    CLIP's own code runs as it is; `parametrize.remove_parametrizations(attn, "in_proj_weight")` merges it for good.
+    model: a `clip.model.CLIP` with a ViT image encoder; a `KeyValueLoRA` takes the place of each block's `attn`.
     Returns [A_k, B_k, A_v, B_v] per block, image blocks first, then text; A (r, d) Xavier-uniform, B (d, r) zero. On
     ViT-B/16, rank 8, they have 491,520 entries; with the head's 100 x 512 that is the paper's 0.54M. No q, no MLP.
     Raises ValueError if the model is not in float32, as clip.load leaves it on a GPU.
@@ -167,9 +177,8 @@ def add_lora(model, rank=8):
     model.requires_grad_(False)
     lora = []
     for block in chain(model.visual.transformer.resblocks, model.transformer.resblocks):
-        adapter = KeyValueLoRA(block.attn.embed_dim, rank).to(block.attn.in_proj_weight)
-        parametrize.register_parametrization(block.attn, "in_proj_weight", adapter)
-        lora += [adapter.A_k, adapter.B_k, adapter.A_v, adapter.B_v]
+        block.attn = KeyValueLoRA(block.attn, rank).to(block.attn.in_proj_weight)
+        lora += [block.attn.A_k, block.attn.B_k, block.attn.A_v, block.attn.B_v]
     return lora
 
 
@@ -245,12 +254,11 @@ def extract_features(model, images, chunk_size=None, desc="image features"):
 
     Every process encodes its share. chunk_size: None is `images_at_once`.
     """
-    rank, ranks = process()
     features = torch.zeros(len(images), model.text_projection.shape[1], device=model.logit_scale.device)
     with progress(desc=desc, total=len(images)) as bar:
-        for rows in torch.arange(rank, len(images), ranks).split(chunk_size or images_at_once(model)):
+        for rows in shares(torch.arange(len(images)), chunk_size or images_at_once(model)):
             features[rows] = encode_images(model, images[rows])
-            bar.update(ranks * len(rows))
+            bar.update(process()[1] * len(rows))
     return summed(features)
 
 
@@ -297,7 +305,7 @@ def train_epochs(
     Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code). Every process takes its
     share of a batch, chunk_size images at a time; the gradients add up to those of the whole batch.
     """
-    device, (rank, ranks) = model.logit_scale.device, process()
+    device, (_, ranks) = model.logit_scale.device, process()
     labels = labels.to(device, torch.long)
     logits_0 = untouched_logits(model, lora, images, tokens) if distill else None  # (N, K), once: no augmentation
     chunk_size = chunk_size or (batch_size if device.type == "cuda" else images_at_once(model))
@@ -312,7 +320,7 @@ def train_epochs(
                 texts = encoded.detach().requires_grad_()
                 for p in (texts, *lora):
                     p.grad = torch.zeros_like(p)
-                for chunk in batch[rank::ranks].split(chunk_size):
+                for chunk in shares(batch, chunk_size):
                     x, y = encode_images(model, images[chunk]), labels[chunk]  # (n, D), (n,)
                     logits = model.logit_scale.exp() * cosine(x, texts)  # (n, K)
                     loss = F.cross_entropy(logits, y)
@@ -330,6 +338,7 @@ def train_epochs(
                     gradient = summed(nn.utils.parameters_to_vector([p.grad for p in lora]))
                     nn.utils.vector_to_parameters(gradient, [p.grad for p in lora])
                 optimizer.step()
+                torch.clear_autocast_cache()  # it keeps bf16 copies of A and B, now out of date
             schedule.step()
             yield mean_loss(summed(losses), f"{desc}, epoch {epoch}")
 
@@ -635,10 +644,24 @@ def scan(root, split):
     half = next((root / name for name in choices if (root / name).is_dir()), None)
     if half is None:
         raise ValueError(f"{root}: there is no {'/ or '.join(choices)}/ in it; needed: train/CLASS/* and test/CLASS/*")
-    classes = [d for d in half.iterdir() if d.is_dir() and d.name[0] != "."]
+    classes = [d for d in visible(half) if d.is_dir()]
     if not classes:
         raise ValueError(f"{half}: there is no class folder in it; needed: {half.name}/CLASS/*")
-    return {d.name: sorted(f for f in d.iterdir() if f.is_file() and f.name[0] != ".") for d in classes}
+    return {d.name: sorted(f for f in visible(d) if f.is_file()) for d in classes}
+
+
+def visible(folder):
+    """What a folder holds but for hidden files. Raises ValueError at a link that leads nowhere."""
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{shown(path)}: a link that leads nowhere")
+        if path.name[0] != ".":
+            yield path
+
+
+def shown(path):
+    """A path as one line that any terminal can show."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def read_list(root, listing, split):
@@ -673,10 +696,12 @@ def decode(path, size):
     bicubic = transforms.InterpolationMode.BICUBIC
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = transforms.functional.center_crop(transforms.functional.resize(image, size, bicubic), size)
             return transforms.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{shown(path)}: cannot be read as an image ({error})") from error
 
 
 def decode_all(paths, size, config, what):
@@ -730,6 +755,9 @@ def free_memory():
 
 def class_names(root, folders):
     """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its synsets, or the folders' own."""
+    unfit = [f for f in folders if not f.isprintable()]
+    if unfit and not (root / "classes.txt").is_file():
+        raise ValueError(f"{root}: {ascii(unfit[0])} cannot be a class name in a prompt; write a classes.txt")
     synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
     for listing in ("classes.txt", "README.txt") if synsets else ("classes.txt",):  # ImageNet-R brings a README.txt
         if (root / listing).is_file():
@@ -997,8 +1025,11 @@ class Log:
     def write(self, event, **values):
         self.events.append(dict(event=event, **values))
         if self.writes:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.events[-1]) + "\n")
+            try:
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(self.events[-1]) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.folder}/metrics.jsonl: cannot be written ({error})") from error
 
     def row(self, header, row, values):
         """Print a row of a table, below its header where another table stood last."""
@@ -1080,7 +1111,7 @@ def predict(folder, paths, device=None, as_json=False):
             print(json.dumps(dict(image=path, classes=[dict(zip(names, row)) for row in rows])))
         else:
             lines = ("{1:7.4f} {2:7.4f} {3:7.4f}  {0}".format(*row) for row in rows)
-            print(f"\n{path}\n  fused    text  visual  class", *lines, sep="\n")
+            print(f"\n{shown(path)}\n  fused    text  visual  class", *lines, sep="\n")
     return status
 
 
@@ -1442,6 +1473,12 @@ def meet():
     return process()
 
 
+def resume(folder):
+    """How to go on with a run that has begun."""
+    begun = folder and Path(folder, "config.json").exists()
+    return f"; to go on: python mgclip.py --resume {shown(folder)}" if begun else ""
+
+
 def main(argv=None):
     """The command line: returns the exit status."""
     out = made = given = None
@@ -1480,12 +1517,13 @@ def main(argv=None):
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        resume = f"; to go on: python mgclip.py --resume {out}" if out and Path(out, "config.json").exists() else ""
-        print(f"\nmgclip: interrupted{resume}", file=sys.stderr)
+        print(f"\nmgclip: interrupted{resume(out)}", file=sys.stderr)
         return 130
+    except OSError as error:  # a full disk, another process that has gone
+        print(f"mgclip: error: {error}{resume(out)}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError as error:
         print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --chunk-size may help.", file=sys.stderr)
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, ArithmeticError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
     if made and not given and Path(made).is_dir() and not os.listdir(made):
         os.rmdir(made)  # nothing was begun

@@ -1,15 +1,31 @@
-"""Claims about MG-CLIP, each tested on tiny models and made-up data: `pytest -q` runs them without any download."""
+"""Claims about MG-CLIP, each tested on tiny models and made-up data: `pytest -q` runs them without any download.
 
+`python test_mgclip.py` measures its speed.
+"""
+
+import argparse
+import contextlib
 import copy
 import functools
+import gc
 import io
+import itertools
 import json
 import math
+import os
 import pickle
 import re
+import resource
 import shutil
+import signal
+import socket
+import statistics
+import struct
 import sys
+import time
 import urllib.error
+import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -302,21 +318,22 @@ def test_only_keys_and_values_change(tiny):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert len(changed) == len(lora) and all(name[-3:] in ("A_k", "B_k", "A_v", "B_v") for name in changed)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora}
-    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
-        delta = block.attn.in_proj_weight - block.attn.parametrizations.in_proj_weight.original
-        q, k, v = delta.chunk(3)
-        assert q.abs().max() == 0 and k.abs().max() > 0 and v.abs().max() > 0
 
 
-def test_lora_adds_b_a_over_r(tiny):
+def test_lora_is_b_a_over_r_on_the_rows_of_keys_and_values_in_torchs_attention(tiny):
     model, lora, *_ = tiny
     for p in lora:
         torch.nn.init.normal_(p)
-    attn = model.visual.transformer.resblocks[0].attn
-    delta = (attn.in_proj_weight - attn.parametrizations.in_proj_weight.original).chunk(3)
-    A_k, B_k, A_v, B_v = lora[:4]
-    torch.testing.assert_close(delta[1], B_k @ A_k / 4, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(delta[2], B_v @ A_v / 4, atol=1e-5, rtol=1e-4)
+    x, mask = torch.randn(5, 2, 64), torch.full((5, 5), -math.inf).triu(1)
+    for i, block in enumerate((*model.visual.transformer.resblocks, *model.transformer.resblocks)):
+        A_k, B_k, A_v, B_v = lora[4 * i : 4 * i + 4]
+        plain = copy.deepcopy(block.attn.attn)
+        with torch.no_grad():
+            plain.in_proj_weight += torch.cat([torch.zeros(64, 64), B_k @ A_k / 4, B_v @ A_v / 4])
+            for q, m in ((x, None), (x, mask), (x[:1], None)):
+                ours = block.attn(q, x, x, need_weights=False, attn_mask=m)[0]
+                theirs = plain(q, x, x, need_weights=False, attn_mask=m)[0]
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_lora_refuses_a_model_in_float16():
@@ -430,6 +447,28 @@ def test_training_on_current_prompts_alone_is_the_masked_loss(tiny):
     assert losses == pytest.approx(plain, abs=1e-5)
     theirs = torch.cat([p.detach().flatten() for p in lora])
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # Adam turns the rounding of a gradient near 0 into a step
+
+
+@pytest.mark.parametrize("baseline", [{}, dict(align=1.0, distill=1.0)])
+def test_chunks_of_a_batch_give_the_step_of_the_whole(baseline):
+    lora, losses = {}, {}
+    for chunk_size in (5, 16):
+        model, lora[chunk_size], images, labels, tokens = golden_inputs()
+        options = dict(lr=0.01, batch_size=16, generator=order(), chunk_size=chunk_size, **baseline)
+        losses[chunk_size] = finetune(model, lora[chunk_size], images[:24], labels[:24], tokens[:3], 2, **options)
+    assert losses[5] == pytest.approx(losses[16], rel=1e-5)
+    for p, q in zip(lora[5], lora[16]):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-3)
+
+
+def test_a_chunk_is_what_a_cpus_caches_hold(tiny):
+    model, _, images, *_ = tiny
+    sizes, encode = [], model.visual.conv1.forward
+    model.visual.conv1.forward = lambda x: sizes.append(len(x)) or encode(x)
+    assert 1000 < mgclip.images_at_once(model) < 10_000  # 17 tokens of width 64
+    assert torch.equal(extract_features(model, images), extract_features(model, images, 48)) and sizes == [48, 48]
+    torch.testing.assert_close(extract_features(model, images, 20), extract_features(model, images))
+    assert sizes[2:] == [20, 20, 8, 48]
 
 
 def test_training_encodes_the_current_prompts_only(tiny, monkeypatch):
@@ -947,6 +986,387 @@ def test_without_network_the_missing_file_and_its_place_are_named(workplace, cap
     refused(capsys, f"{FOLDER} --model ViT-B/16", "ViT-B-16.pt", str(workplace / ".cache" / "clip"))
 
 
+# Nothing lost ---------------------------------------------------------------------------------------------------------
+
+
+def forked(work, err=None, **environment):
+    """Starts a process that does the work on one thread, as data loaders' workers do; returns its number."""
+    number = os.fork()
+    if number == 0:
+        status = 1
+        try:
+            os.environ.update(environment)
+            torch.set_num_threads(1)
+            sys.stdout = open(os.devnull, "w")
+            sys.stderr = sys.__stderr__ = open(err or os.devnull, "w", buffering=1)
+            status = work()
+        finally:
+            os._exit(status)
+    return number
+
+
+def ended(number, within=60):
+    """The exit status of a process, negative if a signal ended it."""
+    for _ in range(within * 50):
+        done, status = os.waitpid(number, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(number, signal.SIGKILL)
+    raise AssertionError(f"still running after {within} s")
+
+
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(n, function, instead=killed):
+    """The function, but for its n-th call."""
+    calls = itertools.count(1)
+    return lambda *args, **options: (instead if next(calls) == n else function)(*args, **options)
+
+
+def half_written(state, path):
+    data = io.BytesIO()
+    torch.serialization._legacy_save(state, data, pickle, 2)
+    Path(path).write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
+    killed()
+
+
+LONG = f"{FOLDER} --max-epochs 2 --lr 0.01 --alpha 0.5 --out"
+
+
+@pytest.mark.parametrize(
+    "where, name, n, instead, tasks",
+    [
+        ("search", "measure_gap", 2, killed, 0),
+        ("training", "encode_texts", 12, killed, 0),
+        ("training of the second task", "encode_images", 20, killed, 1),
+        ("head", "fit_head", 2, killed, 1),
+        ("evaluation", "fused_scores", 3, killed, 1),
+        ("while the checkpoint is written", "torch.save", 2, half_written, 1),
+        ("after it", "Log.zeroshot", 4, killed, 2),
+    ],
+)
+def test_a_killed_run_resumes_to_the_very_same_metrics(workplace, monkeypatch, where, name, n, instead, tasks):
+    assert ended(forked(lambda: main(f"{LONG} whole".split()))) == 0
+    owner = functools.reduce(getattr, name.split(".")[:-1], mgclip)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name.split(".")[-1], at_call(n, getattr(owner, name.split(".")[-1]), instead))
+        assert ended(forked(lambda: main(f"{LONG} cut".split()))) == -signal.SIGKILL
+    saved = Path("cut/checkpoint.pt")
+    assert (torch.load(saved, weights_only=True)["task"] if saved.exists() else 0) == tasks, where
+    assert ended(forked(lambda: main("--resume cut".split()))) == 0
+    assert without_times("cut") == without_times("whole")
+    assert sorted(p.name for p in Path("cut").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+def test_resuming_a_finished_run_changes_nothing(workplace):
+    for command in (f"{LONG} run", "--resume run"):
+        assert main(command.split()) == 0
+        assert [e["event"] for e in events("run")].count("end") == 1
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file may grow beyond so many bytes: to the program the same as a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_the_old_checkpoint_whole(workplace, capsys, monkeypatch):
+    main(f"{LONG} whole".split())
+    capsys.readouterr()
+    fit, limit = mgclip.fit_head, contextlib.ExitStack()
+    fill = lambda *args, **options: [fit(*args, **options), limit.enter_context(largest_file(10_000))][0]
+    monkeypatch.setattr(mgclip, "fit_head", at_call(2, fit, fill))
+    with limit:
+        refused(capsys, f"{LONG} full", "full/checkpoint.pt", "cannot be written", "--resume full")
+    assert torch.load("full/checkpoint.pt", weights_only=True)["task"] == 1
+    assert main("--resume full".split()) == 0
+    assert without_times("full") == without_times("whole")
+
+
+def test_full_disk_before_the_first_line_is_one_message(workplace, capsys):
+    with largest_file(10):
+        refused(capsys, f"{LONG} full", "full/config.json", "cannot be written")
+    assert list(Path("full").iterdir()) == []
+
+
+def test_full_disk_within_the_metrics_is_one_message(workplace, capsys, monkeypatch):
+    measure, limit = mgclip.measure_gap, contextlib.ExitStack()
+    fill = lambda *args: [measure(*args), limit.enter_context(largest_file(100))][0]
+    monkeypatch.setattr(mgclip, "measure_gap", at_call(2, measure, fill))
+    with limit:
+        refused(capsys, f"{LONG} full", "full/metrics.jsonl", "cannot be written", "--resume full")
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (b"", "cut short"),
+        (b"words", "cut short"),
+        ({"weight": torch.ones(3)}, "no checkpoint of mgclip"),
+        ([1, 2], "no checkpoint of mgclip"),
+        (run, "cut short"),  # a pickle that would call a function
+    ],
+)
+def test_damaged_or_foreign_checkpoint_is_refused_and_left_as_it_is(workplace, capsys, content, word):
+    main(f"{LONG} run".split())
+    path = Path("run/checkpoint.pt")
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    refused(capsys, "--resume run", "run/checkpoint.pt", word)
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+
+
+def test_checkpoint_of_other_options_is_refused_naming_them(workplace, capsys):
+    main(f"{LONG} run".split())
+    main(f"{LONG} other --batch-size 4".split())
+    metrics = Path("run/metrics.jsonl").read_bytes()
+    shutil.copy("other/checkpoint.pt", "run/checkpoint.pt")
+    refused(capsys, "--resume run", "run/checkpoint.pt", "--batch-size 4", "says 5")
+    config = Path("other/config.json")
+    config.write_text(config.read_text().replace('"alpha": 0.5', '"alpha": 0.2'))
+    refused(capsys, "--resume other", "--alpha 0.5", "0.2")
+    assert Path("run/metrics.jsonl").read_bytes() == metrics
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+@pytest.mark.parametrize("option", ["--model trap.pt", "--resume run"])
+def test_no_file_that_is_read_can_run_code(workplace, capsys, option):
+    main(f"{LONG} run".split())
+    torch.save(Trap(), "trap.pt")
+    shutil.copy("trap.pt", "run/checkpoint.pt")
+    refused(capsys, option if "resume" in option else f"{FOLDER} {option}", "pt")
+    assert not Path("sprung").exists()
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_do_not_fit_go_to_a_file_that_leaves_nothing(workplace, capsys, monkeypatch):
+    main(f"{LONG} inside".split())
+    capsys.readouterr()
+    monkeypatch.setattr(mgclip, "decode", lambda *a, f=mgclip.decode, **o: print("decode") or f(*a, **o))
+    assert main(f"{LONG} outside --memory 0".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("train: 12 decoded images"))
+    assert lines[first].endswith("0.00 GB, go to a file in outside") and "decode" not in lines[:first]
+    assert without_times("inside") == without_times("outside")
+    assert sorted(p.name for p in Path("outside").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+def test_images_are_kept_in_memory_while_there_is_room(workplace, monkeypatch):
+    config = Config(out="run", memory=1e-6)
+    assert mgclip.room((1, 10, 10, 10), config, "train").sum() == 0 and not Path("run").exists()
+    assert mgclip.room((2, 10, 10, 10), config, "train").shape == (2, 10, 10, 10) and Path("run").exists()
+    monkeypatch.setattr(mgclip, "free_memory", lambda: 1250)
+    assert mgclip.room((1, 10, 10, 10), Config(out="other"), "train").sum() == 0 and not Path("other").exists()
+    mgclip.room((2, 10, 10, 10), Config(out="other"), "train")
+    assert Path("other").exists()
+
+
+def test_images_that_fit_nowhere_are_refused_with_their_size(workplace, capsys):
+    with largest_file(20_000):
+        refused(capsys, f"{FOLDER} --out run --memory 0", "--out run", "0.00 GB", "train")
+    assert not Path("run/images").exists()
+
+
+def test_the_images_of_one_task_are_gone_before_the_next_are_read(workplace, monkeypatch):
+    decode_all, alive, kept = mgclip.decode_all, [], []
+
+    def watched(paths, size, config, what):
+        kept.append([ref() is not None for ref in alive])
+        images = decode_all(paths, size, config, what)
+        if what == "train":
+            alive.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(mgclip, "decode_all", watched)
+    run(Config(**OPTIONS))
+    assert kept[::2] == [[], [False]]  # when the training images of the first and of the second task are read
+
+
+def test_fifty_tasks_leave_no_more_behind_than_their_test_images(workplace, monkeypatch):
+    names, seen, resident = [f"pattern {i}" for i in range(100)], [], []
+    images, labels = torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8), torch.arange(400) % 100
+    read = lambda split, classes, size: mgclip.select(images, labels, classes)
+    monkeypatch.setattr(mgclip, "load_patterns", lambda config: (names, read))
+    save = mgclip.Log.save
+
+    def watched(*args):
+        save(*args)
+        if args[1] % 10 == 0:  # task 10, 20, ..
+            gc.collect()
+            seen.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+
+    monkeypatch.setattr(mgclip.Log, "save", watched)
+    result = run(Config(tasks=50, model="tiny.pt", device="cpu", epochs=1))
+    assert len(result["accuracy"]) == 50
+    assert len(seen) == 5 and np.diff(seen).max() <= 2 * 10  # the test images and the labels of ten tasks
+    assert resident[-1] < 1.1 * resident[0]
+
+
+# Hostile files --------------------------------------------------------------------------------------------------------
+
+
+def save(path, mode="RGB", size=(40, 36), **options):
+    rs = np.random.RandomState(0)
+    Image.fromarray(rs.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode).save(path, **options)
+    return path
+
+
+def test_bomb_is_refused_before_it_is_decoded(tmp_path):
+    path, chunk = tmp_path / "bomb.png", lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(
+        ">I", zlib.crc32(kind + data)
+    )  # fmt: skip
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="bomb.png.*decompression bomb"):
+        mgclip.decode(path, 32)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp"])
+def test_cut_image_is_refused_by_name(tmp_path, kind, cut):
+    path = save(tmp_path / f"cut.{kind}", size=(200, 180))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
+    with pytest.raises(ValueError, match=f"cut.{kind}: cannot be read"):
+        mgclip.decode(path, 32)
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = mgclip.decode(tmp_path / "deep.png", 32)
+    assert torch.equal(pixels[0], torch.from_numpy((ramp >> 8).astype(np.uint8))) and torch.equal(pixels[0], pixels[2])
+
+
+def test_rotation_noted_in_exif_is_left_as_clip_leaves_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned, plain = save(tmp_path / "turned.png", exif=exif), save(tmp_path / "plain.png")
+    assert torch.equal(mgclip.decode(turned, 32), mgclip.decode(plain, 32))
+
+
+def test_animation_is_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert mgclip.decode(tmp_path / "moving.gif", 32)[:, 5, 5].tolist() == [255, 0, 0]
+
+
+def test_names_of_files_and_folders_may_hold_anything(workplace):
+    for root in (Path("images/train"), Path("images/test")):
+        (root / "apple").rename(root / "grüne Äpfel 苹果")
+        files = (root / "grüne Äpfel 苹果").iterdir()
+        for file, name in zip(sorted(files), ("a b.png", "a\nb.png", os.fsdecode(b"\xff\xfe.png"))):
+            file.rename(file.with_name(name))
+    assert run(Config(**OPTIONS))["last"] >= 0
+
+
+def test_a_name_that_the_terminal_cannot_show_is_still_said(workplace, capsys):
+    path = Path("images/train/apple") / os.fsdecode(b"\xff\n.png")
+    path.write_text("words")
+    refused(capsys, FOLDER, r"\udcff\n.png", "cannot be read as an image")
+    folder = Path("images/train") / os.fsdecode(b"\xff")
+    shutil.copytree("images/train/castle", folder)
+    shutil.copytree("images/train/castle", Path("images/test") / folder.name)
+    refused(capsys, FOLDER, "udcff", "classes.txt")
+
+
+@pytest.mark.parametrize("what", ["apple/link.png", "link"])
+def test_links_that_lead_nowhere_are_refused_by_name(workplace, capsys, what):
+    (Path("images/train") / what).symlink_to("nowhere")
+    refused(capsys, FOLDER, f"images/train/{what}", "leads nowhere")
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def together(work, ranks=2):
+    """Starts as many processes as torchrun would; returns their numbers. Their errors go to err0, err1, .."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [forked(work, f"err{r}", RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(ranks)]
+
+
+def test_two_processes_agree_with_one(workplace, monkeypatch):
+    """On the demo's pictures, to 1e-4 in losses and exactly in the accuracies, with batches that do not divide evenly."""
+    train = mgclip.train_epochs
+
+    def noted(*args, **options):
+        for loss in train(*args, **options):
+            with open(f"losses-{mgclip.process()[1]}-{mgclip.process()[0]}", "a") as file:
+                file.write(f"{loss}\n")
+            yield loss
+
+    monkeypatch.setattr(mgclip, "train_epochs", noted)
+    options = "--model tiny.pt --tasks 3,2 --device cpu --max-epochs 2 --alpha 0.9 --batch-size 239 --distill 0.1 --out"
+    assert ended(forked(lambda: main(f"{options} one".split()))) == 0
+    assert [ended(n) for n in together(lambda: main(f"{options} two".split()))] == [0, 0]
+    one, *two = (np.loadtxt(f"losses-{name}") for name in ("1-0", "2-0", "2-1"))
+    assert len(one) >= 4 and np.abs(one - two[0]).max() < 1e-4 and np.array_equal(two[0], two[1])
+    for a, b in zip(without_times("one"), without_times("two"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            exact = "accuracy" in key or key == "per_task" or not isinstance(value, float)
+            assert b[key] == (value if exact else pytest.approx(value, abs=1e-4)), key
+
+
+def test_two_processes_share_one_file_of_images(workplace):
+    assert ended(forked(lambda: main(f"{LONG} one".split()))) == 0
+    assert [ended(n) for n in together(lambda: main(f"{LONG} two".split()))] == [0, 0]
+    tasks = [[(e["accuracy"], e["per_task"]) for e in events(out) if e["event"] == "task"] for out in ("one", "two")]
+    assert tasks[0] == tasks[1]
+    assert sorted(p.name for p in Path("two").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_stops_and_the_checkpoint_is_whole(workplace, monkeypatch, victim):
+    evaluate = mgclip.evaluate
+    die = lambda *args: killed() if mgclip.process()[0] == victim else evaluate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(mgclip, "evaluate", at_call(2, evaluate, die))
+        numbers = together(lambda: main(f"{LONG} run".split()))
+    assert ended(numbers[victim]) == -signal.SIGKILL
+    assert ended(numbers[1 - victim], within=30) == 2
+    assert "another process of this run has stopped" in Path(f"err{1 - victim}").read_text()
+    assert torch.load("run/checkpoint.pt", weights_only=True)["task"] == 1
+    assert [ended(n) for n in together(lambda: main("--resume run".split()))] == [0, 0]
+
+
+def test_a_process_that_waits_for_another_stops_when_torchrun_says_so(workplace, monkeypatch):
+    evaluate = mgclip.evaluate
+    wait = lambda *args: time.sleep(60) if mgclip.process()[0] else evaluate(*args)
+    monkeypatch.setattr(mgclip, "evaluate", at_call(2, evaluate, wait))
+    numbers = together(lambda: main(f"{LONG} run".split()))
+    while not Path("run/checkpoint.pt").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    for number in numbers:
+        os.kill(number, signal.SIGTERM)
+    assert [ended(number, within=5) for number in numbers] == [143, 143]
+    assert "--resume" in Path("err0").read_text() and "--resume" in Path("err1").read_text()
+
+
+def test_bad_input_is_said_by_one_process(workplace):
+    assert [ended(n) for n in together(lambda: main(f"{FOLDER} --alpha=-1".split()))] == [2, 2]
+    assert [Path(f"err{r}").read_text().count("error") for r in (0, 1)] == [1, 0]
+
+
 # What a person sees ---------------------------------------------------------------------------------------------------
 
 
@@ -1388,3 +1808,212 @@ def test_gpu_agrees_with_the_authors_too(tiny):
     E, history = find_epochs(model, lora, images[:24], labels[:24], tokens[:3], 0.1, lr=0.01, batch_size=24)
     assert E == GOLDEN["search"]["epochs"][0.1]
     close([h["neg"] for h in history], GOLDEN["search"]["neg"][: len(history)])
+
+
+# Benchmark: python test_mgclip.py [--device cuda] [--model ViT-B/16] [--images N] ---------------------------------------
+# Random weights and pictures, as speed does not depend on the values. The plain form follows the authors' schedule:
+# CLIP's own encoders, all seen classes at 77 tokens in every step, every pass encodes anew, texts with every batch.
+
+SHAPES = {  # D, resolution, layers, width, patch of the image encoder; context, words, width, heads, layers of the text's
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    "tiny": (64, 32, 2, 64, 8, 77, 49408, 64, 1, 2),
+}
+
+
+def encode_plainly(model, images, preprocess=None):
+    if preprocess:  # an image at a time, on the CPU
+        pixels = torch.stack([preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+        return F.normalize(model.encode_image(pixels.to(model.logit_scale.device)).float(), dim=-1)
+    pixels = mgclip.resize_and_crop(images.to(model.logit_scale.device), model.visual.input_resolution) / 255
+    pixels = torchvision.transforms.functional.normalize(pixels, mgclip.PIXEL_MEAN, mgclip.PIXEL_STD)
+    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+
+
+def encode_texts_plainly(model, tokens):
+    return F.normalize(model.encode_text(tokens.to(model.logit_scale.device)).float(), dim=-1)
+
+
+def plain_epoch(model, lora, images, labels, tokens, new=10, batch_size=128, preprocess=None):
+    """Training on the last `new` of the classes seen, with the texts of all and the logits of the older ones masked."""
+    optimizer, old = torch.optim.Adam(lora, 1e-3), len(tokens) - new
+    for batch in torch.randperm(len(images)).split(batch_size):
+        x, texts = encode_plainly(model, images[batch], preprocess), encode_texts_plainly(model, tokens)
+        logits = (model.logit_scale.exp() * x @ texts.T).index_fill(1, torch.arange(old, device=x.device), -math.inf)
+        loss = F.cross_entropy(logits, labels[batch].to(x.device) + old)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+@torch.no_grad()
+def plain_pass(model, images, preprocess=None):
+    return torch.cat([encode_plainly(model, batch, preprocess) for batch in images.split(128)])
+
+
+def plain_head(model, head, images, labels, preprocess=None):
+    optimizer = torch.optim.Adam([head.weight], 5e-4)
+    for _ in range(3):
+        for batch in torch.randperm(len(images)).split(64):
+            with torch.no_grad():
+                features = encode_plainly(model, images[batch], preprocess)
+            loss = F.cross_entropy(head(features)[:, head.first_new :], labels[batch].to(features.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def plain_evaluation(model, head, images, labels, tokens, preprocess=None):
+    for batch, y in zip(images.split(128), labels.split(128)):
+        features = encode_plainly(model, batch, preprocess)
+        logits = model.logit_scale.exp() * features @ encode_texts_plainly(model, tokens).T
+        (fused_scores(logits, head(features)).argmax(1).cpu() == y).sum().item()
+
+
+def plain_task(model, lora, head, images, labels, tokens, preprocess=None, new=10):
+    similarity_gap(plain_pass(model, images, preprocess), encode_texts_plainly(model, tokens[-new:]).detach(), labels)
+    plain_epoch(model, lora, images, labels, tokens, new, preprocess=preprocess)
+    head.add_classes(class_prototypes(plain_pass(model, images, preprocess), labels))
+    plain_head(model, head, images, labels, preprocess)
+    plain_evaluation(model, head, images, labels, tokens, preprocess)
+
+
+def our_task(model, lora, head, images, labels, tokens, new=10):
+    mgclip.measure_gap(model, images, labels, tokens[-new:])
+    finetune(model, lora, images, labels, tokens[-new:], 1)
+    our_head(model, head, images, labels)
+    mgclip.evaluate(model, head, [(images, labels)], tokens, 4.0)
+
+
+def our_head(model, head, images, labels):
+    features = extract_features(model, images)
+    head.add_classes(class_prototypes(features, labels))
+    fit_head(head, features, labels)
+
+
+def flop_per_image(shape):
+    """2 a multiply-add, of one pass through the image encoder."""
+    _, pixels, layers, d, patch, *_ = shape
+    n = (pixels // patch) ** 2 + 1
+    return 2 * (layers * (12 * n * d**2 + 2 * n**2 * d) + (n - 1) * 3 * patch**2 * d)
+
+
+def benchmark():
+    parser = argparse.ArgumentParser(description="The speed of mgclip.py beside the plain form of its schedule.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="ViT-B/16", choices=SHAPES)
+    parser.add_argument("--images", type=int, default=64, help="images of a task, to learn and to score (default: 64)")
+    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken (default: 3)")
+    options = parser.parse_args()
+    device, cuda = torch.device(options.device), options.device.startswith("cuda")
+    torch.manual_seed(0)
+    model = clip.model.CLIP(*SHAPES[options.model]).eval().to(device)
+    lora, dim, N = add_lora(model), SHAPES[options.model][0], options.images
+    images, labels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8), torch.arange(N) % 10
+    names = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:100]
+    tokens = clip.tokenize([f"a good photo of a {name}." for name in names])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+    preprocess = torchvision.transforms.Compose([
+        torchvision.transforms.Resize(model.visual.input_resolution, torchvision.transforms.InterpolationMode.BICUBIC),
+        torchvision.transforms.CenterCrop(model.visual.input_resolution),
+        torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize(mgclip.PIXEL_MEAN, mgclip.PIXEL_STD),
+    ])  # fmt: skip
+
+    def head_of(seen):
+        head = CosineHead(dim)
+        head.add_classes(torch.randn(seen, dim, device=device))
+        return head
+
+    def seconds(work, context=autocast):
+        began = time.perf_counter()
+        with context:
+            work()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def side_by_side(name, first, second, context=autocast):
+        """Print the ratio of two works' times, taken in turns: the median over the repeats. Returns their seconds."""
+        first_times, second_times = zip(*[
+            (seconds(first, context), seconds(second)) for _ in range(options.repeats + cuda)
+        ][cuda:])  # fmt: skip
+        ratio = statistics.median(a / b for a, b in zip(first_times, second_times))
+        first_time, second_time = statistics.median(first_times), statistics.median(second_times)
+        print(f"{name:66}{first_time:9.2f}{second_time:9.2f}{ratio:8.2f}", flush=True)
+        return first_time, second_time
+
+    def peak(work):
+        """GB that the work takes at most: of the GPU, or of the process, where Linux tells."""
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        seconds(work)
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 1e9
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+    train = lambda seen: finetune(model, lora, images, labels, tokens[seen - 10 : seen], 1)
+    train_plainly = lambda seen: plain_epoch(model, lora, images, labels, tokens[:seen])
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    seconds(lambda: a @ a)
+    rate = 2 * 4096**3 / statistics.median(seconds(lambda: a @ a) for _ in range(10))
+    precision = "bf16" if cuda else "fp32"
+    threads = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    print(f"{options.model}, {N} images, {precision}, {device}, {threads}")
+    print(f"matrix product of 4096 x 4096: {rate / 1e9:,.0f} GFLOP/s\n")
+    ours, plain = peak(lambda: train(100)), peak(lambda: train_plainly(100))
+    print(f"{'seconds':66}{'first':>9}{'second':>9}{'ratio':>8}")
+    side_by_side("an epoch, ours: task 10 (100 classes seen), task 1", lambda: train(100), lambda: train(10))
+    side_by_side("an epoch, plain: task 10, task 1", lambda: train_plainly(100), lambda: train_plainly(10))
+    _, learn = side_by_side("an epoch of task 10: plain, ours", lambda: train_plainly(100), lambda: train(100))
+    side_by_side(
+        "head, three epochs: encoded anew in each, features once",
+        lambda: plain_head(model, head_of(10), images, labels),
+        lambda: our_head(model, CosineHead(dim), images, labels),
+    )
+    side_by_side(
+        "a task (the fifth, as many test as training images): plain, ours",
+        lambda: plain_task(model, lora, head_of(40), images, labels, tokens[:50]),
+        lambda: our_task(model, lora, head_of(40), images, labels, tokens[:50]),
+    )
+    _, score = side_by_side(
+        "evaluation on 100 classes: texts with every batch, once",
+        lambda: plain_evaluation(model, head_of(100), images, labels, tokens),
+        lambda: mgclip.evaluate(model, head_of(100), [(images, labels)], tokens, 4.0),
+    )
+    if cuda:
+        side_by_side(
+            "a task: plain in fp32, Pillow for every image; ours in bf16",
+            lambda: plain_task(model, lora, head_of(40), images, labels, tokens[:50], preprocess),
+            lambda: our_task(model, lora, head_of(40), images, labels, tokens[:50]),
+            contextlib.nullcontext(),
+        )
+    for what, time_taken, passes in (("training", learn, 2), ("evaluation", score, 1)):
+        reached = passes * flop_per_image(SHAPES[options.model]) * N / time_taken / rate
+        print(f"{what}: {N / time_taken:,.1f} images/s, {reached:.0%} of the matrix product's rate")
+    print(f"peak memory of an epoch at batch {min(N, 128)}: ours {ours:.1f} GB, plain {plain:.1f} GB")
+    if cuda:
+        print(f"CIFAR-100's protocol: {seconds(lambda: protocol(model, lora, tokens)):.0f} s")
+
+
+def protocol(model, lora, tokens):
+    """All that CIFAR-100 takes where E = 1: a search of two epochs, then ten tasks of 5,000 and 1,000 images each."""
+    pictures = lambda n: torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    head, tests = CosineHead(model.text_projection.shape[1]), []
+    for t in range(10):
+        images, labels, own = pictures(5000), torch.arange(5000) % 10, tokens[10 * t : 10 * t + 10]
+        if t == 0:
+            find_epochs(model, lora, images, labels, own, alpha=math.inf, max_epochs=2)
+        finetune(model, lora, images, labels, own, 1)
+        our_head(model, head, images, labels)
+        tests.append((pictures(1000), torch.arange(1000) % 10 + 10 * t))
+        mgclip.evaluate(model, head, tests, tokens[: 10 * t + 10], 4.0)
+
+
+if __name__ == "__main__":
+    benchmark()
