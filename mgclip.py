@@ -296,51 +296,60 @@ def untouched_logits(model, lora, images, tokens):
         return model.logit_scale.exp() * cosine(features, encode_texts(model, tokens))
 
 
+def loss_and_gradients(model, lora, images, labels, tokens, batch, chunk_size, logits_0=None, align=0.0, distill=0.0):
+    """The masked cross-entropy of one batch, into every p.grad of the LoRA; returns this process's share of the loss.
+
+    Every process takes its share of the batch (n,), chunk_size images at a time: the gradients add up to the whole's.
+    """
+    encoded = encode_texts(model, tokens)  # (K, D), once a batch:
+    texts = encoded.detach().requires_grad_()  # these collect the gradients of all chunks
+    total = torch.zeros((), device=texts.device)
+    for p in (texts, *lora):
+        p.grad = torch.zeros_like(p)
+    for chunk in shares(batch, chunk_size):
+        x, y = encode_images(model, images[chunk]), labels[chunk]  # (m, D), (m,)
+        logits = model.logit_scale.exp() * cosine(x, texts)  # (m, K)
+        loss = F.cross_entropy(logits, y)
+        if align:  # Fig. 2b: the gap between an image and its own text is made to close
+            loss = loss + align * (x - texts[y]).square().sum(1).mean()
+        if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
+            log_p, log_p_0 = ((z / 2).log_softmax(1) for z in (logits, logits_0[chunk]))
+            loss = loss + distill * 2**2 * F.kl_div(log_p, log_p_0, reduction="batchmean", log_target=True)
+        loss = loss * len(chunk) / len(batch)
+        loss.backward()
+        total += loss.detach()
+    encoded.backward(texts.grad)
+    if process()[1] > 1:
+        gradient = summed(nn.utils.parameters_to_vector([p.grad for p in lora]))
+        nn.utils.vector_to_parameters(gradient, [p.grad for p in lora])
+    return total
+
+
 def train_epochs(
-    model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc, align=0.0, distill=0.0, chunk_size=None
-):
+    model, lora, images, labels, tokens, epochs, lr, batch_size, generator, desc, align=0.0, distill=0.0,
+    chunk_size=None,
+):  # fmt: skip
     """Train the LoRA on one task by the masked cross-entropy; a generator of each epoch's mean loss.
 
     The loss is over the task's own classes: older ones are masked, so their prompts, without gradient, are not encoded.
-    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code). Every process takes its
-    share of a batch, chunk_size images at a time; the gradients add up to those of the whole batch.
+    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
     """
-    device, (_, ranks) = model.logit_scale.device, process()
-    labels = labels.to(device, torch.long)
+    labels = labels.to(model.logit_scale.device, torch.long)
     logits_0 = untouched_logits(model, lora, images, tokens) if distill else None  # (N, K), once: no augmentation
-    chunk_size = chunk_size or (batch_size if device.type == "cuda" else images_at_once(model))
+    chunk_size = chunk_size or (batch_size if labels.is_cuda else images_at_once(model))
     optimizer = torch.optim.Adam(lora, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
     with progress(desc=desc, total=epochs * len(images)) as bar:
         for epoch in range(1, epochs + 1):
-            batches = torch.randperm(len(images), generator=generator).split(batch_size)
-            losses = torch.zeros(len(batches), device=device)
-            for step, batch in enumerate(batches):
-                encoded = encode_texts(model, tokens)  # (K, D), once a step: `texts` collects the chunks' gradients
-                texts = encoded.detach().requires_grad_()
-                for p in (texts, *lora):
-                    p.grad = torch.zeros_like(p)
-                for chunk in shares(batch, chunk_size):
-                    x, y = encode_images(model, images[chunk]), labels[chunk]  # (n, D), (n,)
-                    logits = model.logit_scale.exp() * cosine(x, texts)  # (n, K)
-                    loss = F.cross_entropy(logits, y)
-                    if align:  # Fig. 2b: the gap between an image and its own text is made to close
-                        loss = loss + align * (x - texts[y]).square().sum(1).mean()
-                    if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
-                        p, p_0 = ((z / 2).log_softmax(1) for z in (logits, logits_0[chunk]))
-                        loss = loss + distill * 2**2 * F.kl_div(p, p_0, reduction="batchmean", log_target=True)
-                    loss = loss * len(chunk) / len(batch)
-                    loss.backward()
-                    losses[step] += loss.detach()
-                    bar.update(ranks * len(chunk))
-                encoded.backward(texts.grad)
-                if ranks > 1:
-                    gradient = summed(nn.utils.parameters_to_vector([p.grad for p in lora]))
-                    nn.utils.vector_to_parameters(gradient, [p.grad for p in lora])
+            losses = []
+            for batch in torch.randperm(len(images), generator=generator).split(batch_size):
+                task = (images, labels, tokens, batch)
+                losses.append(loss_and_gradients(model, lora, *task, chunk_size, logits_0, align, distill))
                 optimizer.step()
                 torch.clear_autocast_cache()  # it keeps bf16 copies of A and B, now out of date
+                bar.update(len(batch))
             schedule.step()
-            yield mean_loss(summed(losses), f"{desc}, epoch {epoch}")
+            yield mean_loss(summed(torch.stack(losses)), f"{desc}, epoch {epoch}")
 
 
 def finetune(
@@ -361,11 +370,10 @@ def finetune(
 
 
 @torch.no_grad()
-def measure_gap(model, images, labels, tokens, chunk_size=None):
+def measure_gap(model, images, labels, tokens):
     """(pos, neg) of a model on images and prompts (Eq. 1, Eq. 2), always computed in float32."""
     with torch.autocast(model.logit_scale.device.type, enabled=False):
-        features = extract_features(model, images, chunk_size, desc="gap")
-        return similarity_gap(features, encode_texts(model, tokens), labels)
+        return similarity_gap(extract_features(model, images, desc="gap"), encode_texts(model, tokens), labels)
 
 
 def find_epochs(
@@ -380,7 +388,7 @@ def find_epochs(
     which also goes to report as it comes.
     Leaves lora as it found it. Raises ValueError if neg_0 is so near 0 that Δ means nothing.
     """
-    pos, neg_0 = measure_gap(model, images, labels, tokens, chunk_size)  # line 2
+    pos, neg_0 = measure_gap(model, images, labels, tokens)  # line 2
     if not abs(neg_0) > 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     history = [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
@@ -388,7 +396,7 @@ def find_epochs(
     options = (max_epochs, lr, batch_size, generator, "search", align, distill, chunk_size)
     with kept(lora):  # line 5: restore the untrained LoRA
         for e, _ in enumerate(train_epochs(model, lora, images, labels, tokens, *options), 1):  # line 3
-            pos, neg = measure_gap(model, images, labels, tokens, chunk_size)
+            pos, neg = measure_gap(model, images, labels, tokens)
             delta = abs(neg - neg_0) / abs(neg_0)  # Eq. 3
             if not math.isfinite(delta):
                 raise FloatingPointError(f"search, epoch {e}: neg is {neg}; a smaller learning rate may help")
@@ -465,7 +473,7 @@ def fused_scores(text_logits, visual_cosines, beta=4.0):
 
 
 @torch.no_grad()
-def evaluate(model, head, tests, tokens, beta, chunk_size=None):
+def evaluate(model, head, tests, tokens, beta):
     """Accuracy in per cent over all classes seen so far (lines 10 and 11).
 
     tests: an (images, labels) pair per task so far; tokens (K, 77): the prompts of all K classes seen.
@@ -475,7 +483,7 @@ def evaluate(model, head, tests, tokens, beta, chunk_size=None):
     text_features = encode_texts(model, tokens)  # (K, D), once for all images
     correct = []
     for images, labels in tests:
-        features = extract_features(model, images, chunk_size, desc="test images")  # (N, D)
+        features = extract_features(model, images, desc="test images")  # (N, D)
         text_logits = model.logit_scale.exp() * cosine(features, text_features)  # (N, K)
         visual_cosines = head(features)  # (N, K)
         scores = fused_scores(text_logits, visual_cosines, beta)  # line 10
@@ -519,11 +527,11 @@ def run(config):
         began = time.perf_counter()
         with autocast:
             finetune(model, lora, images, labels, prompts(names), E, **lora_options, desc=f"task {t}")  # line 7
-            features = extract_features(model, images, config.chunk_size)  # line 8: from here on f stands still; (N, D)
+            features = extract_features(model, images)  # line 8: from here on f stands still; (N, D)
         head.add_classes(class_prototypes(features, labels))  # line 8
         fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
         with autocast:
-            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta, config.chunk_size)  # 10, 11
+            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
         with torch.no_grad():
             gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
         encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
@@ -706,12 +714,15 @@ def decode(path, size):
 
 def decode_all(paths, size, config, what):
     """`decode` of all files, in parallel, with a bar: uint8 (N, 3, size, size)."""
-    rank, ranks = process()
-    images = room((len(paths), 3, size, size), config, what)
+    images, (rank, ranks) = room((len(paths), 3, size, size), config, what), process()
+    mine = range(rank, len(paths), ranks)
+
+    def put(i):
+        images[i] = decode(paths[i], size)
+
     with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes
-        decoded = pool.map(partial(decode, size=size), paths[rank::ranks])
-        for i, image in enumerate(progress(decoded, desc=f"decoding {what}", total=len(paths[rank::ranks]))):
-            images[rank + i * ranks] = image
+        for _ in progress(pool.map(put, mine), desc=f"decoding {what}", total=len(mine)):
+            pass
     summed(torch.zeros(1))  # the other processes' images are there, too
     return images
 
@@ -757,7 +768,7 @@ def class_names(root, folders):
     """Names of class folders: as ROOT/classes.txt has them, or ImageNet-1K for its synsets, or the folders' own."""
     unfit = [f for f in folders if not f.isprintable()]
     if unfit and not (root / "classes.txt").is_file():
-        raise ValueError(f"{root}: {ascii(unfit[0])} cannot be a class name in a prompt; write a classes.txt")
+        raise ValueError(f"{root}: {unfit[0]!a} cannot be a class name in a prompt; write a classes.txt")
     synsets, K = all(re.fullmatch(r"n\d{8}", f) for f in folders), len(folders)
     for listing in ("classes.txt", "README.txt") if synsets else ("classes.txt",):  # ImageNet-R brings a README.txt
         if (root / listing).is_file():
@@ -960,7 +971,7 @@ def read_checkpoint(folder, config):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        options, _ = state["options"], [state[key] for key in ("task", "epochs", "events", "seconds", "classes", "head")]
+        options, _ = state["options"], [state[key] for key in ("task", "epochs", "events", "seconds", "lora", "head")]
     except Exception as error:  # zip, pickle and key errors alike
         raise ValueError(f"{path}: cannot be read, is cut short or no checkpoint of mgclip ({error!r})") from error
     for name, value in run_options(config).items():
@@ -1306,8 +1317,8 @@ class Config:
     precision: str = option(None, "running", "of training and scoring; the gap is always fp32",
                             choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")  # fmt: skip
     compile: bool = option(False, "running", "torch.compile the image encoder", action="store_true")
-    chunk_size: int = option(None, "running", "images encoded at a time: fewer need less memory, the numbers stay",
-                             otherwise="a batch on cuda, what its caches hold on a cpu", low=1)  # fmt: skip
+    chunk_size: int = option(None, "running", "images of a batch encoded at a time: for less memory, same step",
+                             otherwise="all on cuda, what fits its caches on a cpu", low=1)  # fmt: skip
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
     memory: float = option(None, "running", "GB of decoded images to keep before they go to a file",
                            otherwise="0.8 of what is free", low=0)  # fmt: skip
@@ -1343,7 +1354,7 @@ def settle(config):
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's: each process has its own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's: each process has its own
         torch.empty(0, device=device).tolist()
     except Exception as error:  # torch raises several kinds
         raise ValueError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from error
@@ -1451,7 +1462,7 @@ def meet():
 
     SIGTERM, torchrun's word that one of them has gone, then ends this one even while it waits for that one.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         return 0, 1
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):

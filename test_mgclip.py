@@ -26,6 +26,7 @@ import time
 import urllib.error
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,20 @@ def test_features_need_no_more_of_clip_than_openais_own_has(tiny, monkeypatch):
             model.encode_text(tokens[:, :12])
         for ours, theirs in zip((encode_images(model, images), encode_texts(model, tokens.int())), expected):
             assert torch.equal(ours, theirs)
+
+
+def test_a_run_with_openais_own_clip_gives_the_same_numbers(workplace, monkeypatch):
+    run(Config(**OPTIONS | dict(epochs=1, out="pypi")))
+
+    def attention(block, x):
+        return block.attn(x, x, x, need_weights=False, attn_mask=block.attn_mask)[0]  # 77 tokens or an error
+
+    tokenize = clip.tokenize
+    monkeypatch.setattr(clip.model.ResidualAttentionBlock, "attention", attention)
+    monkeypatch.setattr(clip, "tokenize", lambda texts: tokenize(texts).int())
+    monkeypatch.setattr(clip, "load", lambda *_, **__: pytest.fail("openai/CLIP's cannot read state dicts"))
+    run(Config(**OPTIONS | dict(epochs=1, out="github")))
+    assert without_times("pypi") == without_times("github")
 
 
 def test_no_token_behind_the_longest_prompt_is_encoded(tiny):
@@ -1036,29 +1051,28 @@ def half_written(state, path):
 LONG = f"{FOLDER} --max-epochs 2 --lr 0.01 --alpha 0.5 --out"
 
 
-@pytest.mark.parametrize(
-    "where, name, n, instead, tasks",
-    [
+def test_a_killed_run_resumes_to_the_very_same_metrics(workplace, monkeypatch):
+    moments = (  # the call that is the last, and the tasks finished by then
         ("search", "measure_gap", 2, killed, 0),
         ("training", "encode_texts", 12, killed, 0),
-        ("training of the second task", "encode_images", 20, killed, 1),
+        ("training, second task", "encode_images", 20, killed, 1),
         ("head", "fit_head", 2, killed, 1),
         ("evaluation", "fused_scores", 3, killed, 1),
         ("while the checkpoint is written", "torch.save", 2, half_written, 1),
         ("after it", "Log.zeroshot", 4, killed, 2),
-    ],
-)
-def test_a_killed_run_resumes_to_the_very_same_metrics(workplace, monkeypatch, where, name, n, instead, tasks):
+    )
     assert ended(forked(lambda: main(f"{LONG} whole".split()))) == 0
-    owner = functools.reduce(getattr, name.split(".")[:-1], mgclip)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name.split(".")[-1], at_call(n, getattr(owner, name.split(".")[-1]), instead))
-        assert ended(forked(lambda: main(f"{LONG} cut".split()))) == -signal.SIGKILL
-    saved = Path("cut/checkpoint.pt")
-    assert (torch.load(saved, weights_only=True)["task"] if saved.exists() else 0) == tasks, where
-    assert ended(forked(lambda: main("--resume cut".split()))) == 0
-    assert without_times("cut") == without_times("whole")
-    assert sorted(p.name for p in Path("cut").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    for where, path, n, instead, tasks in moments:
+        *owner, name = path.split(".")
+        owner, cut = functools.reduce(getattr, owner, mgclip), f"cut in {where}"
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, at_call(n, getattr(owner, name), instead))
+            assert ended(forked(lambda cut=cut: main([*LONG.split(), cut]))) == -signal.SIGKILL, where
+        saved = Path(cut, "checkpoint.pt")
+        assert (torch.load(saved, weights_only=True)["task"] if saved.exists() else 0) == tasks, where
+        assert ended(forked(lambda cut=cut: main(["--resume", cut]))) == 0, where
+        assert without_times(cut) == without_times("whole"), where
+        assert sorted(p.name for p in Path(cut).iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"], where
 
 
 def test_resuming_a_finished_run_changes_nothing(workplace):
@@ -1810,6 +1824,15 @@ def test_gpu_agrees_with_the_authors_too(tiny):
     close([h["neg"] for h in history], GOLDEN["search"]["neg"][: len(history)])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("more", ["--precision fp32", "--precision bf16", "--precision bf16 --compile"])
+def test_gpu_runs_agree_with_the_cpus(workplace, more):
+    assert main(f"{LONG} cpu".split()) == 0
+    assert main(f"{LONG} gpu {more}".replace("--device cpu", "--device cuda").split()) == 0
+    cpu, gpu = ([e["neg"] for e in events(out) if e["event"] == "search"] for out in ("cpu", "gpu"))
+    assert gpu[0] == pytest.approx(cpu[0], abs=1e-4) and gpu == pytest.approx(cpu, abs=0.02)
+
+
 # Benchmark: python test_mgclip.py [--device cuda] [--model ViT-B/16] [--images N] ---------------------------------------
 # Random weights and pictures, as speed does not depend on the values. The plain form follows the authors' schedule:
 # CLIP's own encoders, all seen classes at 77 tokens in every step, every pass encodes anew, texts with every batch.
@@ -1823,8 +1846,9 @@ SHAPES = {  # D, resolution, layers, width, patch of the image encoder; context,
 
 
 def encode_plainly(model, images, preprocess=None):
-    if preprocess:  # an image at a time, on the CPU
-        pixels = torch.stack([preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+    if preprocess:  # an image at a time, on all CPUs
+        with ThreadPoolExecutor() as pool:
+            pixels = torch.stack([*pool.map(lambda x: preprocess(Image.fromarray(x.permute(1, 2, 0).numpy())), images)])
         return F.normalize(model.encode_image(pixels.to(model.logit_scale.device)).float(), dim=-1)
     pixels = mgclip.resize_and_crop(images.to(model.logit_scale.device), model.visual.input_resolution) / 255
     pixels = torchvision.transforms.functional.normalize(pixels, mgclip.PIXEL_MEAN, mgclip.PIXEL_STD)
@@ -1905,13 +1929,14 @@ def benchmark():
     parser = argparse.ArgumentParser(description="The speed of mgclip.py beside the plain form of its schedule.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="ViT-B/16", choices=SHAPES)
-    parser.add_argument("--images", type=int, default=64, help="images of a task, to learn and to score (default: 64)")
+    images_help = "images of a task, to learn and to score (default: 5000 on cuda, else 64)"
+    parser.add_argument("--images", type=int, help=images_help)
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken (default: 3)")
     options = parser.parse_args()
     device, cuda = torch.device(options.device), options.device.startswith("cuda")
     torch.manual_seed(0)
     model = clip.model.CLIP(*SHAPES[options.model]).eval().to(device)
-    lora, dim, N = add_lora(model), SHAPES[options.model][0], options.images
+    lora, dim, N = add_lora(model), SHAPES[options.model][0], options.images or (5000 if cuda else 64)
     images, labels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8), torch.arange(N) % 10
     names = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"][:100]
     tokens = clip.tokenize([f"a good photo of a {name}." for name in names])
@@ -1928,23 +1953,23 @@ def benchmark():
         head.add_classes(torch.randn(seen, dim, device=device))
         return head
 
-    def seconds(work, context=autocast):
+    def seconds(work):
         began = time.perf_counter()
-        with context:
+        with autocast:
             work()
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def side_by_side(name, first, second, context=autocast):
-        """Print the ratio of two works' times, taken in turns: the median over the repeats. Returns their seconds."""
-        first_times, second_times = zip(*[
-            (seconds(first, context), seconds(second)) for _ in range(options.repeats + cuda)
-        ][cuda:])  # fmt: skip
-        ratio = statistics.median(a / b for a, b in zip(first_times, second_times))
-        first_time, second_time = statistics.median(first_times), statistics.median(second_times)
-        print(f"{name:66}{first_time:9.2f}{second_time:9.2f}{ratio:8.2f}", flush=True)
-        return first_time, second_time
+    def in_turns(**works):
+        """Seconds of each work, all of them in every repeat; on a GPU a first repeat warms up."""
+        repeats = [{name: seconds(work) for name, work in works.items()} for _ in range(options.repeats + cuda)]
+        return {name: [repeat[name] for repeat in repeats[cuda:]] for name in works}
+
+    def row(name, first, second):
+        """Print two works' median times and the median of their ratios."""
+        ratio = statistics.median(a / b for a, b in zip(first, second))
+        print(f"{name:66}{statistics.median(first):9.2f}{statistics.median(second):9.2f}{ratio:8.2f}", flush=True)
 
     def peak(work):
         """GB that the work takes at most: of the GPU, or of the process, where Linux tells."""
@@ -1968,34 +1993,40 @@ def benchmark():
     print(f"matrix product of 4096 x 4096: {rate / 1e9:,.0f} GFLOP/s\n")
     ours, plain = peak(lambda: train(100)), peak(lambda: train_plainly(100))
     print(f"{'seconds':66}{'first':>9}{'second':>9}{'ratio':>8}")
-    side_by_side("an epoch, ours: task 10 (100 classes seen), task 1", lambda: train(100), lambda: train(10))
-    side_by_side("an epoch, plain: task 10, task 1", lambda: train_plainly(100), lambda: train_plainly(10))
-    _, learn = side_by_side("an epoch of task 10: plain, ours", lambda: train_plainly(100), lambda: train(100))
-    side_by_side(
-        "head, three epochs: encoded anew in each, features once",
-        lambda: plain_head(model, head_of(10), images, labels),
-        lambda: our_head(model, CosineHead(dim), images, labels),
+    epochs = in_turns(
+        ours_10=lambda: train(100), ours_1=lambda: train(10),
+        plain_10=lambda: train_plainly(100), plain_1=lambda: train_plainly(10),
+    )  # fmt: skip
+    row("an epoch, ours: task 10 (100 classes seen), task 1", epochs["ours_10"], epochs["ours_1"])
+    row("an epoch, plain: task 10, task 1", epochs["plain_10"], epochs["plain_1"])
+    row("an epoch of task 10: plain, ours", epochs["plain_10"], epochs["ours_10"])
+    heads = in_turns(
+        plain=lambda: plain_head(model, head_of(10), images, labels),
+        ours=lambda: our_head(model, CosineHead(dim), images, labels),
     )
-    side_by_side(
-        "a task (the fifth, as many test as training images): plain, ours",
-        lambda: plain_task(model, lora, head_of(40), images, labels, tokens[:50]),
-        lambda: our_task(model, lora, head_of(40), images, labels, tokens[:50]),
+    row("head, three epochs: encoded anew in each, features once", heads["plain"], heads["ours"])
+    evaluations = in_turns(
+        plain=lambda: plain_evaluation(model, head_of(100), images, labels, tokens),
+        ours=lambda: mgclip.evaluate(model, head_of(100), [(images, labels)], tokens, 4.0),
     )
-    _, score = side_by_side(
-        "evaluation on 100 classes: texts with every batch, once",
-        lambda: plain_evaluation(model, head_of(100), images, labels, tokens),
-        lambda: mgclip.evaluate(model, head_of(100), [(images, labels)], tokens, 4.0),
+    row("evaluation on 100 classes: texts with every batch, once", evaluations["plain"], evaluations["ours"])
+    tasks = in_turns(
+        plain=lambda: plain_task(model, lora, head_of(40), images, labels, tokens[:50]),
+        ours=lambda: our_task(model, lora, head_of(40), images, labels, tokens[:50]),
     )
+    row("a task, the fifth, as many test as training images: plain, ours", tasks["plain"], tasks["ours"])
     if cuda:
-        side_by_side(
-            "a task: plain in fp32, Pillow for every image; ours in bf16",
-            lambda: plain_task(model, lora, head_of(40), images, labels, tokens[:50], preprocess),
-            lambda: our_task(model, lora, head_of(40), images, labels, tokens[:50]),
-            contextlib.nullcontext(),
-        )
-    for what, time_taken, passes in (("training", learn, 2), ("evaluation", score, 1)):
-        reached = passes * flop_per_image(SHAPES[options.model]) * N / time_taken / rate
-        print(f"{what}: {N / time_taken:,.1f} images/s, {reached:.0%} of the matrix product's rate")
+
+        def in_float32():
+            with torch.autocast("cuda", enabled=False):
+                plain_task(model, lora, head_of(40), images, labels, tokens[:50], preprocess)
+
+        float32 = in_turns(plain=in_float32)["plain"]
+        row("the same: plain in fp32 with Pillow for every image, ours in bf16", float32, tasks["ours"])
+    for what, times, passes in (("training", epochs["ours_10"], 2), ("evaluation", evaluations["ours"], 1)):
+        rate_of_images = N / statistics.median(times)
+        reached = passes * flop_per_image(SHAPES[options.model]) * rate_of_images / rate
+        print(f"{what}: {rate_of_images:,.1f} images/s, {reached:.0%} of the matrix product's rate")
     print(f"peak memory of an epoch at batch {min(N, 128)}: ours {ours:.1f} GB, plain {plain:.1f} GB")
     if cuda:
         print(f"CIFAR-100's protocol: {seconds(lambda: protocol(model, lora, tokens)):.0f} s")
