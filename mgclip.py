@@ -58,7 +58,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from itertools import chain, count, islice, product
 from pathlib import Path
@@ -1401,7 +1401,7 @@ def prepare(config):
     if config.compile:
         for block in model.visual.transformer.resblocks:
             block.compile()
-    clips = [f"{name} {version(name)}" for name in packages_distributions().get("clip", [])]  # clip or clip-anytorch
+    clips = [f"{d.name} {d.version}" for name in ("clip", "clip-anytorch") for d in distributions(name=name)]
     versions = dict(python=platform.python_version(), torch=torch.__version__, clip=", ".join(clips))
     order_sha256 = sha256(json.dumps(list(chain(*groups))).encode())
     config.out = config.out or new_folder(config)
