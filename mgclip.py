@@ -48,6 +48,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -82,27 +83,51 @@ with warnings.catch_warnings():  # clip's import of pkg_resources warns
 progress = partial(tqdm, unit=" images", leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
 
 
+# With one process, as without torchrun, the following hand back what they are given. With several, all must call them.
+
+
 def process():
     """(rank, ranks): the number of this process and how many torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def shares(rows, size):
+def my_chunks(rows, size):
     """This process's share of rows (n,), in chunks of at most `size`."""
     rank, ranks = process()
     mine = rows[rank::ranks]
     return mine.split(size) if len(mine) else ()
 
 
-def summed(tensor):
-    """The tensor, in place the sum over all processes. Raises ConnectionError if one of them has gone."""
+@contextmanager
+def together():
+    """Names what it means if the processes cannot talk: ConnectionError."""
     try:
-        if dist.is_initialized():
-            dist.all_reduce(tensor)
+        yield
     except RuntimeError as error:
         why = str(error).partition(". ")[0][:200]
         raise ConnectionError(f"another process of this run has stopped ({why})") from error
+
+
+def summed(tensor):
+    """The tensor, in place its sum over all processes."""
+    if dist.is_initialized():
+        with together():
+            dist.all_reduce(tensor)
     return tensor
+
+
+def from_rank_0(value):
+    """What process 0 has."""
+    box = [value]
+    if dist.is_initialized():
+        with together():
+            dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier():
+    """Wait until all processes are here."""
+    summed(torch.zeros(1))
 
 
 @contextmanager
@@ -110,10 +135,10 @@ def rank_0_first():
     """Within it process 0 goes ahead, to download or to write what the others then find."""
     rank, _ = process()
     if rank:
-        summed(torch.zeros(1))
+        barrier()
     yield
     if not rank:
-        summed(torch.zeros(1))
+        barrier()
 
 
 # 1 The modality gap ---------------------------------------------------------------------------------------------------
@@ -153,14 +178,15 @@ class KeyValueLoRA(nn.Module):
         self.A_k, self.A_v = (nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, d))) for _ in "kv")
         self.B_k, self.B_v = (nn.Parameter(torch.zeros(d, rank)) for _ in "kv")  # zeros: as it was before training
 
-    def forward(self, query, x, _, need_weights=False, attn_mask=None):  # (n, N, d), as nn.MultiheadAttention takes it
+    def forward(self, query, x, _, need_weights=False, attn_mask=None):
+        """As nn.MultiheadAttention's: query (m, N, d), key and value x (n, N, d) -> (m, N, d)."""
         attn, r = self.attn, len(self.A_k)  # LoRA's own alpha is 1: the scale is 1 / r (authors' code)
         W, b = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
         q = F.linear(query, W[0], b[0])
         k = F.linear(x, W[1], b[1]) + F.linear(F.linear(x, self.A_k), self.B_k / r)
         v = F.linear(x, W[2], b[2]) + F.linear(F.linear(x, self.A_v), self.B_v / r)
         heads = (y.unflatten(-1, (attn.num_heads, -1)).permute(1, 2, 0, 3) for y in (q, k, v))  # (N, heads, n, d/heads)
-        y = F.scaled_dot_product_attention(*heads, attn_mask).permute(2, 0, 1, 3).flatten(-2)  # (n, N, d)
+        y = F.scaled_dot_product_attention(*heads, attn_mask).permute(2, 0, 1, 3).flatten(-2)  # (m, N, d)
         return attn.out_proj(y), None
 
 
@@ -252,11 +278,12 @@ def images_at_once(model):
 def extract_features(model, images, chunk_size=None, desc="image features"):
     """`encode_images`, chunk_size at a time, without gradients: uint8 (N, 3, H, W) -> (N, D), the same in all processes.
 
-    Every process encodes its share. chunk_size: None is `images_at_once`.
+    chunk_size: None is `images_at_once`. If torch.distributed is in use, every process encodes its share: all must call
+    it, with the same images.
     """
     features = torch.zeros(len(images), model.text_projection.shape[1], device=model.logit_scale.device)
     with progress(desc=desc, total=len(images)) as bar:
-        for rows in shares(torch.arange(len(images)), chunk_size or images_at_once(model)):
+        for rows in my_chunks(torch.arange(len(images)), chunk_size or images_at_once(model)):
             features[rows] = encode_images(model, images[rows])
             bar.update(process()[1] * len(rows))
     return summed(features)
@@ -306,7 +333,7 @@ def loss_and_gradients(model, lora, images, labels, tokens, batch, chunk_size, l
     total = torch.zeros((), device=texts.device)
     for p in (texts, *lora):
         p.grad = torch.zeros_like(p)
-    for chunk in shares(batch, chunk_size):
+    for chunk in my_chunks(batch, chunk_size):
         x, y = encode_images(model, images[chunk]), labels[chunk]  # (m, D), (m,)
         logits = model.logit_scale.exp() * cosine(x, texts)  # (m, K)
         loss = F.cross_entropy(logits, y)
@@ -362,7 +389,8 @@ def finetune(
     labels (N,): int, rows of tokens (K, 77), both of the current task alone; generator: the CPU generator of the order.
     align, distill: weights of the baselines' losses, none in the method: the squared distance of matched unit-norm
     features (Fig. 2b), and the KL from the untouched CLIP's probabilities over the K classes (Table 5).
-    chunk_size: images of a batch to encode at a time, for less memory and the same step; None is all on a GPU.
+    chunk_size: images of a batch to encode at a time, for less memory and the same step; None is all on a GPU. If
+    torch.distributed is in use, all processes must call it alike, the generator's seed included.
     Returns the mean loss of each epoch. Raises FloatingPointError, which names epoch and step, if one is not finite.
     """
     options = (epochs, lr, batch_size, generator, desc, align, distill, chunk_size)
@@ -373,7 +401,8 @@ def finetune(
 def measure_gap(model, images, labels, tokens):
     """(pos, neg) of a model on images and prompts (Eq. 1, Eq. 2), always computed in float32."""
     with torch.autocast(model.logit_scale.device.type, enabled=False):
-        return similarity_gap(extract_features(model, images, desc="gap"), encode_texts(model, tokens), labels)
+        features = extract_features(model, images, desc="gap")
+        return from_rank_0(similarity_gap(features, encode_texts(model, tokens), labels))
 
 
 def find_epochs(
@@ -723,7 +752,7 @@ def decode_all(paths, size, config, what):
     with ThreadPoolExecutor(config.workers) as pool:  # Pillow lets go of Python's lock while it decodes
         for _ in progress(pool.map(put, mine), desc=f"decoding {what}", total=len(mine)):
             pass
-    summed(torch.zeros(1))  # the other processes' images are there, too
+    barrier()  # the other processes' images are there, too
     return images
 
 
@@ -736,23 +765,24 @@ def room(shape, config, what):
     free = 0.8 * free_memory() if config.memory is None else 1e9 * config.memory
     if ranks == 1 and size <= free:
         return torch.zeros(shape, dtype=torch.uint8)
-    path = Path(config.out, "images")
-    print(f"{what}: {shape[0]:,} decoded images, {size / 1e9:.2f} GB, go to a file in {path.parent}", flush=True)
+    print(f"{what}: {shape[0]:,} decoded images, {size / 1e9:.2f} GB, go to a file in {config.out}", flush=True)
+    path = None
     try:
-        with rank_0_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not rank:
-                with open(path, "wb") as file:
-                    getattr(os, "posix_fallocate", lambda fd, _, size: os.truncate(fd, size))(file.fileno(), 0, size)
-            images = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        summed(torch.zeros(1))  # all have it open
+        if not rank:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            fd, path = tempfile.mkstemp(prefix=".images-", dir=config.out)
+            getattr(os, "posix_fallocate", lambda fd, _, size: os.truncate(fd, size))(fd, 0, size)
+            os.close(fd)
+        path = from_rank_0(path)
+        images = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        barrier()  # all have it open
     except ConnectionError:
         raise
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"--out {path.parent}: no room for {size / 1e9:.2f} GB of decoded {what} ({error})") from error
+        raise ValueError(f"--out {config.out}: no room for {size / 1e9:.2f} GB of decoded {what} ({error})") from error
     finally:
-        if not rank:
-            path.unlink(missing_ok=True)
+        if path and not rank:
+            os.unlink(path)
     return images.view(shape)
 
 
@@ -942,9 +972,10 @@ def write_whole(path, write):
 def new_folder(config):
     """Make runs/DATASET-ALPHA-BETA-SEED, numbered when taken, also by a run that starts at the same moment."""
     base = f"runs/{config.dataset}-{config.alpha:g}-{config.beta:g}-{config.seed}"
+    Path("runs").mkdir(exist_ok=True)
     for folder in chain([base], (f"{base}-{n}" for n in count(2))):
         try:
-            Path(folder).mkdir(parents=True)
+            Path(folder).mkdir()
             return folder
         except FileExistsError:
             pass
@@ -1009,8 +1040,9 @@ class Log:
             if config.resume is not None:
                 read_config(self.folder, **record)
                 self.state = read_checkpoint(self.folder, config) or self.state
-                for part in self.folder.glob(".*.*.[0-9]*") if self.writes else ():
-                    part.unlink()  # of a write that was cut off
+                cut_off = [*self.folder.glob(".*.*.[0-9]*"), *self.folder.glob(".images-*")] if self.writes else []
+                for part in cut_off:
+                    part.unlink()
             elif self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if (self.folder / "config.json").exists():
@@ -1314,13 +1346,13 @@ class Config:
     distill: float = option(0.0, "baselines", "weight of the KL from the untouched CLIP's logits, Table 5", low=0)
     seed: int = option(0, "running", "seed of the LoRA's first values and of the order of the images", low=0)
     device: str = option(None, "running", "device of torch", otherwise="cuda if there is one, else cpu")
-    precision: str = option(None, "running", "of training and scoring; the gap is always fp32",
+    precision: str = option(None, "running", "of training and scoring; the search's gap is always fp32",
                             choices=["fp32", "bf16"], otherwise="bf16 on cuda, else fp32")  # fmt: skip
     compile: bool = option(False, "running", "torch.compile the image encoder", action="store_true")
     chunk_size: int = option(None, "running", "images of a batch encoded at a time: for less memory, same step",
                              otherwise="all on cuda, what fits its caches on a cpu", low=1)  # fmt: skip
     workers: int = option(None, "running", "threads that decode images", otherwise="one a processor", low=1)
-    memory: float = option(None, "running", "GB of decoded images to keep before they go to a file",
+    memory: float = option(None, "running", "GB that a task's decoded images may take; more go to a file",
                            otherwise="0.8 of what is free", low=0)  # fmt: skip
     out: str = option(None, "running", "the run's folder",
                       otherwise="runs/DATASET-ALPHA-BETA-SEED, numbered when taken")  # fmt: skip
@@ -1328,7 +1360,7 @@ class Config:
 
 
 def settle(config):
-    """The options as they will run: checked, none open but `epochs`. Raises ValueError naming the option."""
+    """The options as they will run: checked, presets and machine filled in. Raises ValueError naming the option."""
     if config.resume is not None:
         stored = read_config(config.resume)
         config = replace(stored, out=config.resume, resume=config.resume, device=config.device or stored.device)
@@ -1352,6 +1384,11 @@ def settle(config):
     if config.template.count("{}") != 1:
         raise ValueError(f"--template {config.template!r}: must hold {{}} once, where the class name goes")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > 1 and device.startswith("cuda") and (device != "cuda" or ranks > gpus):
+        raise ValueError(
+            f"--device {device}: {ranks} processes need cuda, without a number, and {ranks} GPUs, not {gpus}"
+        )
     try:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's: each process has its own
@@ -1396,6 +1433,7 @@ def prepare(config):
             raise ValueError(f"--zeroshot {' '.join(config.zeroshot)}: two have one name")
         model, model_sha256 = load_weights(config.model, config.device)
     size = model.visual.input_resolution
+    config.out = config.out or new_folder(config)
     others = [load_zeroshot(entry, config, size) for entry in config.zeroshot]
     others = [(name, prompts(classes), images, labels) for name, classes, images, labels in others]
     if config.compile:
@@ -1404,7 +1442,6 @@ def prepare(config):
     clips = [f"{d.name} {d.version}" for name in ("clip", "clip-anytorch") for d in distributions(name=name)]
     versions = dict(python=platform.python_version(), torch=torch.__version__, clip=", ".join(clips))
     order_sha256 = sha256(json.dumps(list(chain(*groups))).encode())
-    config.out = config.out or new_folder(config)
     log = Log(config, dict(versions=versions, model_sha256=model_sha256, class_order_sha256=order_sha256))
     print(
         f"{config.dataset}: {sum(map(len, groups))} classes in {len(groups)} tasks; {config.model} in "
@@ -1467,7 +1504,8 @@ def meet():
         return 0, 1
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
         raise ValueError("torchrun: the processes share files of one machine: --nproc-per-node alone, no --nnodes")
-    dist.init_process_group(timeout=timedelta(days=1))  # a download may be waited for
+    with together():
+        dist.init_process_group(timeout=timedelta(days=1))  # a download may be waited for
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.signal(signal.SIGTERM, lambda *_: None)  # Python calls this between two statements only, the pipe is at once
@@ -1506,12 +1544,8 @@ def main(argv=None):
         config = settle(Config(**options))
         rank, ranks = meet()
         sys.stderr = sys.__stderr__ if rank else sys.stderr  # so far process 0 said what is wrong for all
-        given, folder = config.out, [config.out]
-        if not (rank or given):
-            folder = [new_folder(config)]
-        if ranks > 1:
-            dist.broadcast_object_list(folder)
-        out = made = folder[0]
+        given = config.out
+        out = made = given or from_rank_0(None if rank else new_folder(config))
         seeds, results = (str(seed) for seed in count(1) if str(seed) != config.class_order), []
         for order in [config.class_order, *islice(seeds, (runs or 1) - 1)]:
             out = f"{made}/order-{order}" if runs else made
@@ -1536,8 +1570,9 @@ def main(argv=None):
         print(f"mgclip: error: {str(error).splitlines()[0]} A smaller --chunk-size may help.", file=sys.stderr)
     except (ValueError, ArithmeticError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
-    if made and not given and Path(made).is_dir() and not os.listdir(made):
-        os.rmdir(made)  # nothing was begun
+    finally:
+        if made and not given and os.path.isdir(made) and not os.listdir(made):
+            os.rmdir(made)  # nothing was begun
     return 2
 
 

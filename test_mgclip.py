@@ -708,6 +708,11 @@ def test_a_run_cut_off_goes_on_as_if_it_had_not_been(workplace, monkeypatch, cap
     assert without_times(cut) == without_times(workplace / "whole")
 
 
+def test_runs_that_leads_nowhere_is_one_message(workplace, capsys):
+    Path("runs").symlink_to("nowhere")
+    refused(capsys, FOLDER, "runs")
+
+
 def test_runs_with_the_same_options_get_numbered_folders(workplace):
     assert [run(Config(**OPTIONS))["folder"] for _ in range(2)] == ["runs/folder-0.1-4-0", "runs/folder-0.1-4-0-2"]
 
@@ -1127,7 +1132,7 @@ def test_damaged_or_foreign_checkpoint_is_refused_and_left_as_it_is(workplace, c
     main(f"{LONG} run".split())
     path, pickled = Path("run/checkpoint.pt"), io.BytesIO()
     torch.save({"weight": torch.ones(3)}, pickled)
-    for content in (b"", b"words", path.read_bytes()[:-100], pickled.getvalue(), pickle.dumps([1, 2])):
+    for content in (b"", b"words", path.read_bytes()[:-100], pickled.getvalue(), pickle.dumps([1, 2], 2)):
         path.write_bytes(content)
         before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
         refused(capsys, "--resume run", "run/checkpoint.pt", "cut short or no checkpoint of mgclip")
@@ -1175,6 +1180,12 @@ def test_images_that_do_not_fit_go_to_a_file_that_leaves_nothing(workplace, caps
     assert sorted(p.name for p in Path("outside").iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
 
 
+def test_images_beside_files_of_the_users_leave_them_alone(workplace):
+    Path("run").mkdir()
+    Path("run/images").write_text("mine")
+    assert main(f"{LONG} run --memory 0".split()) == 0 and Path("run/images").read_text() == "mine"
+
+
 def test_images_are_kept_in_memory_while_there_is_room(workplace, monkeypatch):
     config = Config(out="run", memory=1e-6)
     assert mgclip.room((1, 10, 10, 10), config, "train").sum() == 0 and not Path("run").exists()
@@ -1188,7 +1199,7 @@ def test_images_are_kept_in_memory_while_there_is_room(workplace, monkeypatch):
 def test_images_that_fit_nowhere_are_refused_with_their_size(workplace, capsys):
     with largest_file(20_000):
         refused(capsys, f"{FOLDER} --out run --memory 0", "--out run", "0.00 GB", "train")
-    assert not Path("run/images").exists()
+    assert not list(Path("run").glob(".images-*"))
 
 
 def test_the_images_of_one_task_are_gone_before_the_next_are_read(workplace, monkeypatch):
@@ -1211,11 +1222,17 @@ def test_fifty_tasks_leave_no_more_behind_than_their_test_images(workplace, monk
     images, labels = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8), torch.arange(200) % 100
     read = lambda split, classes, size: mgclip.select(images, labels, classes)
     monkeypatch.setattr(mgclip, "load_patterns", lambda config: (names, read))
-    save = mgclip.Log.save
+    save, evaluate = mgclip.Log.save, mgclip.evaluate
+
+    def evaluate_the_last(model, head, tests, *rest):  # for time's sake
+        scores, per_task = evaluate(model, head, tests[-1:], *rest)
+        return scores, [0.0] * (len(tests) - 1) + per_task
+
+    monkeypatch.setattr(mgclip, "evaluate", evaluate_the_last)
 
     def watched(*args):
         save(*args)
-        if args[1] % 10 == 0:  # task 10, 20, ..
+        if args[1] % 10 == 0:  # tasks 10, 20, ..
             gc.collect()
             seen.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
@@ -1372,9 +1389,12 @@ def test_a_process_that_waits_for_another_stops_when_torchrun_says_so(workplace,
     assert "--resume" in Path("err0").read_text() and "--resume" in Path("err1").read_text()
 
 
-def test_bad_input_is_said_by_one_process(workplace):
-    assert [ended(n) for n in together(lambda: main(f"{FOLDER} --alpha=-1".split()))] == [2, 2]
-    assert [Path(f"err{r}").read_text().count("error") for r in (0, 1)] == [1, 0]
+@pytest.mark.parametrize(
+    "options, word", [("--alpha=-1", "--alpha"), ("--device cuda:0", "--device cuda:0: 2 processes")]
+)
+def test_bad_input_is_said_by_one_process(workplace, options, word):
+    assert [ended(n) for n in together(lambda: main(f"{FOLDER} {options}".split()))] == [2, 2]
+    assert word in Path("err0").read_text() and Path("err1").read_text() == ""
 
 
 # What a person sees ---------------------------------------------------------------------------------------------------
