@@ -336,7 +336,7 @@ def loss_and_gradients(model, lora, images, labels, tokens, batch, chunk_size, l
     for chunk in my_chunks(batch, chunk_size):
         x, y = encode_images(model, images[chunk]), labels[chunk]  # (m, D), (m,)
         logits = model.logit_scale.exp() * cosine(x, texts)  # (m, K)
-        loss = F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, y)  # older classes are masked: they have no logits here
         if align:  # Fig. 2b: the gap between an image and its own text is made to close
             loss = loss + align * (x - texts[y]).square().sum(1).mean()
         if distill:  # Table 5: the logits of the untouched CLIP are kept, KL at temperature 2
@@ -569,7 +569,7 @@ def run(config):
         log.save(t, E, lora, head, generator, seen)
         del images, features  # to make room for the next task's
     parameters = sum(p.numel() for p in lora) + head.weight.numel()
-    return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12
+    return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12, its Avg and Last
 
 
 # 7 Data and weights ---------------------------------------------------------------------------------------------------
@@ -1105,7 +1105,7 @@ class Log:
         tasks = [e for e in self.events if e["event"] == "task"]
         accuracy, E = [e["accuracy"] for e in tasks], [e["epochs"] for e in tasks]
         E = E[0] if len(set(E)) == 1 else E
-        result = dict(avg=mean(accuracy), last=accuracy[-1])
+        result = dict(avg=mean(accuracy), last=accuracy[-1])  # line 12
         result |= zip(("forgetting", "backward_transfer"), forgetting([e["per_task"] for e in tasks]))
         heading = [f"{name.capitalize().replace('_', ' ')} {value:.2f}" for name, value in result.items()]
         print("\n" + "   ".join([*heading, f"E = {E}"]))
@@ -1571,7 +1571,7 @@ def main(argv=None):
     except (ValueError, ArithmeticError) as error:
         print(f"mgclip: error: {error}", file=sys.stderr)
     finally:
-        if made and not given and os.path.isdir(made) and not os.listdir(made):
+        if made and not (given or rank) and os.path.isdir(made) and not os.listdir(made):
             os.rmdir(made)  # nothing was begun
     return 2
 
