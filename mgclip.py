@@ -1276,7 +1276,8 @@ def pretrain_tiny(steps=500, per_class=2, lr=3e-3, seed=0):
     labels = torch.arange(64).repeat(per_class)
     for _ in progress(range(steps), desc="pre-training the tiny CLIP", unit=" steps"):
         templates = torch.randint(len(TEMPLATES), (64,), generator=generator)
-        image_features = encode_images(model, draw_patterns(labels, CLEAN, generator))
+        pixels = transforms.functional.normalize(draw_patterns(labels, CLEAN, generator) / 255, PIXEL_MEAN, PIXEL_STD)
+        image_features = F.normalize(model.encode_image(pixels), dim=-1)  # CLIP's own
         cos = image_features @ encode_texts(model, tokens[templates, torch.arange(64)]).T  # (N, 64)
         logits = 14 * cos  # 1/14 spreads the classes; CLIP's own temperature, 1/100, is set at the end
         loss = F.cross_entropy(logits, labels) - logits.log_softmax(0).gather(1, labels[:, None]).mean()
