@@ -35,7 +35,7 @@ Three commands:
     python mgclip.py --dataset folder --data-root DIR --tasks 10    your own DIR/{train,test}/<class>/<images>
 
 Parts: 1 the modality gap, 2 LoRA, 3 CLIP features, 4 preserve the gap, 5 compensate, 6 the algorithm;
-7 data and weights, 8 results (analyses, log, predictions, pictures), 9 demo, 10 command line.
+7 data and weights, 8 results (analyses, log, predictions, pictures), 9 demo, 10 several processes, 11 command line.
 """
 
 import argparse
@@ -81,65 +81,6 @@ with warnings.catch_warnings():  # clip's import of pkg_resources warns
 
 # None: no bar unless on a terminal
 progress = partial(tqdm, unit=" images", leave=False, disable=os.environ.get("RANK", "0") != "0" or None)
-
-
-# With one process, as without torchrun, the following hand back what they are given. With several, all must call them.
-
-
-def process():
-    """(rank, ranks): the number of this process and how many torchrun started; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def my_chunks(rows, size):
-    """This process's share of rows (n,), in chunks of at most `size`."""
-    rank, ranks = process()
-    mine = rows[rank::ranks]
-    return mine.split(size) if len(mine) else ()
-
-
-@contextmanager
-def together():
-    """Names what it means if the processes cannot talk: ConnectionError."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = str(error).partition(". ")[0][:200]
-        raise ConnectionError(f"another process of this run has stopped ({why})") from error
-
-
-def summed(tensor):
-    """The tensor, in place its sum over all processes."""
-    if dist.is_initialized():
-        with together():
-            dist.all_reduce(tensor)
-    return tensor
-
-
-def from_rank_0(value):
-    """What process 0 has."""
-    box = [value]
-    if dist.is_initialized():
-        with together():
-            dist.broadcast_object_list(box)
-    return box[0]
-
-
-def barrier():
-    """Wait until all processes are here."""
-    summed(torch.zeros(1))
-
-
-@contextmanager
-def rank_0_first():
-    """Within it process 0 goes ahead, to download or to write what the others then find."""
-    rank, _ = process()
-    if rank:
-        barrier()
-    yield
-    if not rank:
-        barrier()
-
 
 # 1 The modality gap ---------------------------------------------------------------------------------------------------
 
@@ -225,17 +166,22 @@ def resize_and_crop(images, size):
     return transforms.functional.center_crop(images, size)
 
 
+def normalised_pixels(model, images):
+    """CLIP's preprocessing on the model's device, with no augmentation: uint8 (N, 3, H, W) -> (N, 3, size, size)."""
+    device = model.logit_scale.device
+    if device.type == "cuda" and not images.is_cuda:
+        images = images.pin_memory()  # so that the copy does not wait for the GPU
+    pixels = resize_and_crop(images.to(device, non_blocking=True), model.visual.input_resolution) / 255
+    return transforms.functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
+
+
 def encode_images(model, images):
     """Image features: uint8 (N, 3, H, W) of any size -> (N, D) float32, unit norm, on the model's device.
 
-    Resize, crop and CLIP's normalisation happen here, with no augmentation. Gradients flow to the LoRA. CLIP's
-    `encode_image` is written out because only the class token leaves the last block: no other goes through all of it.
+    Gradients flow to the LoRA. CLIP's `encode_image` is written out because only the class token leaves the last block:
+    no other goes through all of it.
     """
-    vit, device = model.visual, model.logit_scale.device
-    if device.type == "cuda" and not images.is_cuda:
-        images = images.pin_memory()  # so that the copy does not wait for the GPU
-    pixels = resize_and_crop(images.to(device, non_blocking=True), vit.input_resolution) / 255
-    pixels = transforms.functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
+    vit, pixels = model.visual, normalised_pixels(model, images)
     x = vit.conv1(pixels).flatten(2).permute(2, 0, 1)  # (patches, N, d)
     x = torch.cat([vit.class_embedding.to(x.dtype).expand(1, len(images), -1), x])
     x = vit.ln_pre(x + vit.positional_embedding[:, None].to(x.dtype))  # (patches + 1, N, d)
@@ -546,30 +492,31 @@ def run(config):
         names, images, labels, test_images, test_labels = task()
         tests.append((test_images, test_labels + len(seen)))
         seen += names
+        own, all_seen = prompts(names), prompts(seen)
         if t <= done:
             continue
         if E is None or config.search == "each":  # on D_1 alone, but for --search each
             report = partial(log.search, t)
             with autocast:
-                E, _ = find_epochs(model, lora, images, labels, prompts(names), **search, report=report)  # lines 2-5
+                E, _ = find_epochs(model, lora, images, labels, own, **search, report=report)  # lines 2-5
             log.write("epochs", task=t, epochs=E, alpha=config.alpha)
         began = time.perf_counter()
         with autocast:
-            finetune(model, lora, images, labels, prompts(names), E, **lora_options, desc=f"task {t}")  # line 7
+            finetune(model, lora, images, labels, own, E, **lora_options, desc=f"task {t}")  # line 7
             features = extract_features(model, images)  # line 8: from here on f stands still; (N, D)
         head.add_classes(class_prototypes(features, labels))  # line 8
         fit_head(head, features, labels, config.head_epochs, **head_options, desc=f"task {t}, head")  # line 9
         with autocast:
-            accuracies, per_task = evaluate(model, head, tests, prompts(seen), config.beta)  # lines 10, 11
+            accuracies, per_task = evaluate(model, head, tests, all_seen, config.beta)  # lines 10, 11
         with torch.no_grad():
-            gap = similarity_gap(features, encode_texts(model, prompts(seen)), labels + len(seen) - len(names))
+            gap = similarity_gap(features, encode_texts(model, all_seen), labels + len(seen) - len(names))
         encoded = (E + 1) * len(images) + sum(len(i) for i, _ in tests)
         log.task(t, len(seen), accuracies, per_task, gap, E, encoded, time.perf_counter() - began)
         log.zeroshot(t, model, others)
         log.save(t, E, lora, head, generator, seen)
         del images, features  # to make room for the next task's
     parameters = sum(p.numel() for p in lora) + head.weight.numel()
-    return log.end(parameters, analyse(model, head, tests, prompts(seen)))  # line 12, its Avg and Last
+    return log.end(parameters, analyse(model, head, tests, all_seen))  # line 12, its Avg and Last
 
 
 # 7 Data and weights ---------------------------------------------------------------------------------------------------
@@ -1059,11 +1006,12 @@ class Log:
 
     def save(self, task, epochs, lora, head, generator, classes):
         """Replace checkpoint.pt."""
+        if not self.writes:
+            return
         model = dict(lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu(), classes=classes)
         state = dict(task=task, epochs=epochs, generator=generator.get_state(), events=self.events) | model
         state |= dict(seconds=time.perf_counter() - self.began, options=self.options)
-        if self.writes:
-            write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def write(self, event, **values):
         self.events.append(dict(event=event, **values))
@@ -1276,7 +1224,7 @@ def pretrain_tiny(steps=500, per_class=2, lr=3e-3, seed=0):
     labels = torch.arange(64).repeat(per_class)
     for _ in progress(range(steps), desc="pre-training the tiny CLIP", unit=" steps"):
         templates = torch.randint(len(TEMPLATES), (64,), generator=generator)
-        pixels = transforms.functional.normalize(draw_patterns(labels, CLEAN, generator) / 255, PIXEL_MEAN, PIXEL_STD)
+        pixels = normalised_pixels(model, draw_patterns(labels, CLEAN, generator))
         image_features = F.normalize(model.encode_image(pixels), dim=-1)  # CLIP's own
         cos = image_features @ encode_texts(model, tokens[templates, torch.arange(64)]).T  # (N, 64)
         logits = 14 * cos  # 1/14 spreads the classes; CLIP's own temperature, 1/100, is set at the end
@@ -1303,7 +1251,95 @@ def tiny_clip():
     return str(path)
 
 
-# 10 Command line ------------------------------------------------------------------------------------------------------
+# 10 Several processes -------------------------------------------------------------------------------------------------
+
+# With one process, as without torchrun, the following hand back what they are given. With several, all must call them.
+
+
+def process():
+    """(rank, ranks): the number of this process and how many torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_chunks(rows, size):
+    """This process's share of rows (n,), in chunks of at most `size`."""
+    rank, ranks = process()
+    mine = rows[rank::ranks]
+    return mine.split(size) if len(mine) else ()
+
+
+@contextmanager
+def together():
+    """Names what it means if the processes cannot talk: ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).partition(". ")[0][:200]
+        raise ConnectionError(f"another process of this run has stopped ({why})") from error
+
+
+def summed(tensor):
+    """The tensor, in place its sum over all processes."""
+    if dist.is_initialized():
+        with together():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def from_rank_0(value):
+    """What process 0 has."""
+    box = [value]
+    if dist.is_initialized():
+        with together():
+            dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier():
+    """Wait until all processes are here."""
+    summed(torch.zeros(1))
+
+
+@contextmanager
+def rank_0_first():
+    """Within it process 0 goes ahead, to download or to write what the others then find."""
+    rank, _ = process()
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def meet():
+    """Join the processes that torchrun started, if it did: (rank, ranks). Raises ValueError if on several machines.
+
+    SIGTERM, torchrun's word that one of them has gone, then ends this one even while it waits for that one.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
+        raise ValueError("torchrun: the processes share files of one machine: --nproc-per-node alone, no --nnodes")
+    with together():
+        dist.init_process_group(timeout=timedelta(days=1))  # a download may be waited for
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Python calls this between two statements only, the pipe is at once
+    signal.set_wakeup_fd(write)
+
+    def wait():
+        while os.read(read, 1)[0] != signal.SIGTERM:
+            pass
+        message = f"mgclip: process {dist.get_rank()}: stopped, as another one has gone or torchrun was told to stop; "
+        print(message + "the finished tasks are kept: --resume goes on", file=sys.__stderr__, flush=True)
+        os._exit(143)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return process()
+
+
+# 11 Command line ------------------------------------------------------------------------------------------------------
 
 
 def option(default, group, help, low=None, otherwise=None, **argument):
@@ -1493,34 +1529,6 @@ def parse(argv):
     if options.get("runs", 1) < 1:
         parser.error("--runs must be at least 1")
     return options
-
-
-def meet():
-    """Join the processes that torchrun started, if it did: (rank, ranks). Raises ValueError if on several machines.
-
-    SIGTERM, torchrun's word that one of them has gone, then ends this one even while it waits for that one.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return 0, 1
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
-        raise ValueError("torchrun: the processes share files of one machine: --nproc-per-node alone, no --nnodes")
-    with together():
-        dist.init_process_group(timeout=timedelta(days=1))  # a download may be waited for
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # Python calls this between two statements only, the pipe is at once
-    signal.set_wakeup_fd(write)
-
-    def wait():
-        while os.read(read, 1)[0] != signal.SIGTERM:
-            pass
-        message = f"mgclip: process {dist.get_rank()}: stopped, as another one has gone or torchrun was told to stop; "
-        print(message + "the finished tasks are kept: --resume goes on", file=sys.__stderr__, flush=True)
-        os._exit(143)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return process()
 
 
 def resume(folder):

@@ -1870,9 +1870,7 @@ def encode_plainly(model, images, preprocess=None):
         with ThreadPoolExecutor() as pool:
             pixels = torch.stack([*pool.map(lambda x: preprocess(Image.fromarray(x.permute(1, 2, 0).numpy())), images)])
         return F.normalize(model.encode_image(pixels.to(model.logit_scale.device)).float(), dim=-1)
-    pixels = mgclip.resize_and_crop(images.to(model.logit_scale.device), model.visual.input_resolution) / 255
-    pixels = torchvision.transforms.functional.normalize(pixels, mgclip.PIXEL_MEAN, mgclip.PIXEL_STD)
-    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+    return F.normalize(model.encode_image(mgclip.normalised_pixels(model, images)).float(), dim=-1)
 
 
 def encode_texts_plainly(model, tokens):
