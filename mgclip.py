@@ -22,7 +22,8 @@ So train only for as long as the gap stays (lines 1-7), and regain the lost plas
     12  report Avg = mean(A_1..A_T), Last = A_T
 
 A `# line n` below marks the statement that is line n. Eq. 1 and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in
-`fused_scores` (W_v is `CosineHead.weight`), 6 in `subspace_distance`. Three commands:
+`fused_scores` (W_v is `CosineHead.weight`), 6 in `subspace_distance`. Parts: 1-6 the method, 7 the paper's baselines and
+analyses, 8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes, 13 command line. Three commands:
 
     python mgclip.py                                            a demo that downloads nothing: patterns, a tiny CLIP
     python mgclip.py --dataset cifar100 --alpha 0.1 --beta 4    the paper's CIFAR-100 with OpenAI's ViT-B/16
@@ -245,9 +246,12 @@ def train_epochs(
     model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, extra_loss=None,
     after_step=None,
 ):  # fmt: skip
-    """`finetune`, yielding (epoch, mean loss) after each epoch. Adam and no augmentation (authors' code)."""
+    """`finetune`, yielding (epoch, mean loss) after each epoch.
+
+    Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
+    """
     optimizer = torch.optim.Adam(lora, lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)  # to 1%
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1), eta_min=0.01 * lr)
     for epoch in range(1, epochs + 1):
         losses = []
         batches = torch.randperm(len(labels), generator=generator).split(batch_size)
@@ -424,6 +428,8 @@ def run(config):
         if t <= done:
             continue
         images, labels = load_images(train, classes, f"task {t}, train", config.workers)
+        if len(labels) == 0:
+            raise ValueError(f"task {t}: its training images are gone")
         task = (images, labels, tokens[first:K])
         if null_space and t > 1:
             null_space.begin_task(generator)
@@ -1145,6 +1151,7 @@ def plot(folders):
         right.set(title="Similarity; in grey forgetting,\nin points", xlabel="task", ylabel="mean cosine")
         for axes in (left, middle, right):
             axes.legend()
+            axes.xaxis.get_major_locator().set_params(integer=True)
     path = Path(folders[0], "plot.png")
     figure.savefig(path)
     return path
@@ -1387,6 +1394,8 @@ def parse(argv=None):
         parser.error("--data-root: the demo draws its pictures; --dataset folder learns yours")
     if os.path.isfile(config.model):
         config.model = os.path.abspath(config.model)  # --resume may come from another folder
+    if config.runs and config.add:
+        parser.error("--add goes with a single run: name one of the folders within")
     if config.null_space and config.distill:
         parser.error("--distill needs the untouched CLIP, into which --null-space folds what is learned")
     if config.plot is not None and not find_spec("matplotlib"):
@@ -1469,7 +1478,7 @@ def main(argv=None):
         message, status = f"error: {str(error) or 'out of memory'}", 2
     except RuntimeError as error:
         if "memory" in str(error):
-            message, status = f"error: {error}", 2
+            message, status = f"error: {error!s:.300}", 2
         elif dist.is_initialized() and "peer" in str(error):  # which has said why
             message, status = "another process of this run has stopped", 2
         else:
