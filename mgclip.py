@@ -22,8 +22,8 @@ So train only for as long as the gap stays (lines 1-7), and regain the lost plas
     12  report Avg = mean(A_1..A_T), Last = A_T
 
 A `# line n` below marks the statement that is line n. Eq. 1 and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in
-`fused_scores` (W_v is `CosineHead.weight`), 6 in `subspace_distance`. Parts: 1-6 the method, 7 the paper's baselines and
-analyses, 8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes, 13 command line. Three commands:
+`fused_scores` (W_v is `CosineHead.weight`), 6 in `subspace_distance`. Parts: 1-6 the method, 7 baselines and analyses,
+8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes, 13 command line. Three commands:
 
     python mgclip.py                                            a demo that downloads nothing: patterns, a tiny CLIP
     python mgclip.py --dataset cifar100 --alpha 0.1 --beta 4    the paper's CIFAR-100 with OpenAI's ViT-B/16
@@ -452,15 +452,14 @@ def run(config):
         with torch.no_grad():
             pos, neg = similarity_gap(features, encode_texts(model, tokens[:K]), labels + first)
 
-        encoded = (E + 1) * len(labels) + sum(len(images) for images, _ in tests)
+        encoded = (E + 1) * len(labels) + sum(len(labels) for _, labels in tests)
         log.task(t, encoded, classes_seen=K, **scores, pos=pos, neg=neg, epochs=E)
         log.zeroshot(t, model, others)
         if null_space:
             null_space.remember(images, tokens[first:K])
         log.save(t, E, lora, head, null_space, generator)
 
-    with autocast:
-        analysis = analyse(model, head, tests, tokens[:K])
+    analysis = analyse(model, head, tests, tokens[:K])
     return log.end(analysis, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
 
 
@@ -565,7 +564,8 @@ class RidgeHead(CosineHead):
         self.weight = nn.Parameter(W.T.to(features))
 
     def forward(self, features):
-        return features @ self.weight.T  # x W takes the place of the cosines in Eq. 5
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ self.weight.T  # x W takes the place of the cosines in Eq. 5
 
 
 class NullSpace:
@@ -817,6 +817,7 @@ def open_tasks(config, size):
                 raise ValueError(f"{path}: is a training image, too")
         K = len(train.names)
         groups = [range(K)] if tasks else split_classes(config, K)  # an added folder is one task
+        print(f"{K} classes, with prompts as '{config.template.replace('{}', train.names[0])}'")
         tasks += [(train, test, classes) for classes in groups]
     return tasks
 
@@ -970,8 +971,8 @@ def read_checkpoint(folder, record):
         began = state["record"]
     may_change = "out resume add data_root model zeroshot device workers plot predict runs versions classes".split()
     for name in record.keys() - may_change:
-        if record[name] != began[name]:
-            raise ValueError(f"{path}: is of a run with {name} {began[name]!r}, and now it is {record[name]!r}")
+        if record[name] != began.get(name):
+            raise ValueError(f"{path}: is of a run with {name} {began.get(name)!r}, and now it is {record[name]!r}")
     for then, now in zip(began["classes"], record["classes"]):
         if then != now:
             raise ValueError(f"{path}: is of a run that learned the classes {then}, where now there are {now}")
@@ -1082,7 +1083,8 @@ class Log:
 
 def read_events(folder, kind):
     """The events of a kind in a run's metrics.jsonl."""
-    events = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    lines = Path(folder, "metrics.jsonl").read_text().split("\n")
+    events = [json.loads(line) for line in lines[:-1]]  # behind the last \n may be a line that was cut off
     return [e for e in events if e["event"] == kind]
 
 
@@ -1143,7 +1145,8 @@ def plot(folders):
             middle.plot([100 * (e[name] / search[0][name] - 1) for e in search], "o-", label=name)
             right.plot(numbers, [e[name] for e in tasks], "o-", label=name)
         alpha = 100 * found[0]["alpha"] if found else 0
-        middle.axhspan(-alpha, alpha, alpha=0.1 * (alpha < 100), label=f"alpha: {alpha:g}%")
+        if alpha < 100:
+            middle.axhspan(-alpha, alpha, alpha=0.1, label=f"alpha: {alpha:g}%")
         middle.axvline(E, color="grey", linestyle=":", label=f"E = {E}")
         middle.set(title="Search on the first task:\nhow far mean cosines move", xlabel="epoch", ylabel="change (%)")
         lost = [forgetting([e["per_task"] for e in tasks[:t]])[0] for t in numbers]
@@ -1396,6 +1399,10 @@ def parse(argv=None):
         config.model = os.path.abspath(config.model)  # --resume may come from another folder
     if config.runs and config.add:
         parser.error("--add goes with a single run: name one of the folders within")
+    if config.search == "each" and config.epochs is not None:
+        parser.error(f"--search each: nothing is searched, as --epochs {config.epochs} fixes E")
+    if config.null_space and config.compile:
+        parser.error("--null-space cannot see what enters compiled blocks: without --compile")
     if config.null_space and config.distill:
         parser.error("--distill needs the untouched CLIP, into which --null-space folds what is learned")
     if config.plot is not None and not find_spec("matplotlib"):
@@ -1414,11 +1421,12 @@ def run_orders(config):
     if process()[0] == 0 and not config.resume:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", vars(config))
-    for order in [config.class_order, *range(1, config.runs)]:
+    seeds = [str(seed) for seed in range(1, config.runs + 1) if str(seed) != config.class_order]
+    for order in [config.class_order, *seeds[: config.runs - 1]]:
         out = folder / f"order-{order}"
         ends = from_rank_0(read_events(out, "end") if (out / "metrics.jsonl").exists() else [])
         if not ends:
-            options = dict(class_order=str(order), out=str(out), runs=None)
+            options = dict(class_order=order, out=str(out), runs=None)
             options["resume"] = str(out) if (out / "config.json").exists() else None
             ends = [run(argparse.Namespace(**vars(config) | options))]
         results.append(ends[-1])
@@ -1446,7 +1454,7 @@ def start(config):
     config.out = from_rank_0(config.out)
     result = run_orders(config) if config.runs else run(config)
     if config.plot is not None and process()[0] == 0:
-        print(plot([config.out]))
+        print(plot(sorted(Path(config.out).glob("order-*")) or [config.out]))
     return result
 
 

@@ -40,8 +40,7 @@ from mgclip import find_epochs, finetune, fit_head, fused_scores, load_clip, mai
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")  # forks beside threads: theirs are not used again
 
 # Golden figures -------------------------------------------------------------------------------------------------------
-# by the authors' published code on a tiny CLIP with made-up weights, which `golden_inputs` builds again. Every batch is
-# the whole set, so nothing depends on the order of the data
+# by the authors' code on a tiny CLIP, which `golden_inputs` builds again; a batch is the whole set, so no order matters
 
 NEG = [0.093181, 0.091218, 0.087475, 0.084117, 0.083058, 0.083511, 0.084385, 0.085041, 0.085356, 0.085450, 0.085462]
 DELTA = [0.000000, 0.021066, 0.061241, 0.097270, 0.108637, 0.103778, 0.094402, 0.087361, 0.083981, 0.082967, 0.082841]
@@ -211,9 +210,9 @@ def test_vit_b16_trains_the_papers_number_of_parameters_in_float32():
         add_lora(made_up_clip().half())
 
 
-def decoded(image, size=32):
-    """A picture or its file by CLIP's own preprocessing but for the normalisation: uint8 (3, size, size)."""
-    image = image if isinstance(image, Image.Image) else Image.open(image)
+def decoded(file, size=32):
+    """An image file by CLIP's own preprocessing but for the normalisation: uint8 (3, size, size)."""
+    image = Image.open(file)
     for step in clip.clip._transform(size).transforms[:4]:
         image = step(image)
     return (image * 255).round().to(torch.uint8)
@@ -224,13 +223,14 @@ def test_features_agree_with_clips_preprocess_and_encoder_and_resize_with_pillow
     model, path = made_up_clip(), tmp_path / "class" / "image.png"
     path.parent.mkdir()
     pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
     Image.fromarray(pixels).convert(mode).save(path)
     image = mgclip.Folder(tmp_path, 32)[0][0]
     expected = model.encode_image(clip.clip._transform(32)(Image.open(path))[None])
     torch.testing.assert_close(encode_images(model, image[None]), F.normalize(expected, dim=-1))
     for size in (32, 48, 224):
         ours = mgclip.resize_and_crop(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
-        off = ours.int() - decoded(Image.fromarray(pixels), size)
+        off = ours.int() - decoded(tmp_path / "plain.png", size)
         assert off.abs().max() <= 2 and (off != 0).float().mean() < 0.01  # Pillow computes in fixed point
 
 
@@ -276,16 +276,6 @@ def test_loss_and_gradients_of_a_batch_are_those_of_the_plain_form(monkeypatch, 
     assert counts == [3] and sum(sizes) == 24 and max(sizes) == min(chunk, 24)  # the current task's prompts, once
     for p, gradient in zip(lora, gradients):
         torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
-
-
-def test_schedules_fall_to_one_per_cent_of_lr_by_epoch_for_the_lora_and_by_batch_for_the_head(task, monkeypatch):
-    rates, head = [], CosineHead(64)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
-    finetune(*task, epochs=3, lr=1.0, batch_size=12)
-    head.add_classes(torch.randn(3, 64))
-    fit_head(head, torch.randn(24, 64), task[3], epochs=2, lr=1.0, batch_size=8)
-    parts = [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3] + [i / 6 for i in range(6)]
-    assert rates == pytest.approx([0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2 for part in parts])
 
 
 def test_eq_6_is_a_mean_of_norms_not_a_root_mean_square():
@@ -364,7 +354,6 @@ def ran(command, out="run"):
 
 
 def learned(folder):
-    """LoRA and head of a run's checkpoint."""
     state = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
     return [*state["lora"], state["head"]]
 
@@ -433,28 +422,31 @@ def test_a_run_writes_its_options_its_metrics_and_its_checkpoint(workplace, caps
     config, log = json.loads((folder / "config.json").read_text()), events(folder)
     assert (config["lr"], config["precision"], config["versions"]["torch"]) == (0.01, "fp32", torch.__version__)
     assert log == events("whole") == events("runs/folder-0.5-4-0")  # same seed, same numbers
-    birds, tasks = ([e for e in log if e["event"] == kind] for kind in ("zeroshot", "task"))  # the same images and texts
+    tasks, birds = events(folder, "task"), events(folder, "zeroshot")  # the birds are the test images of all tasks
     assert [e["task"] for e in birds] == [0, 1, 2, 3] and birds[3]["accuracy"] == tasks[-1]["text_accuracy"]
-    lost = mgclip.forgetting([e["per_task"] for e in tasks])
-    assert (log[-1]["forgetting"], log[-1]["backward_transfer"]) == lost and set(log[-1]) <= set(result)
+    assert log[-1]["forgetting"] == mgclip.forgetting([e["per_task"] for e in tasks])[0] and set(log[-1]) <= set(result)
     out, err = capsys.readouterr()
     assert err == "" and "\r" not in out and out.splitlines()[-1] == str(folder)  # well-formed off a terminal
 
 
 def test_a_run_encodes_nothing_twice_and_holds_a_training_task_and_the_tests_in_nameless_files(workplace, monkeypatch):
-    encoded, texts, held, evaluate = [], [], [], mgclip.evaluate
+    encoded, texts, held, rates, evaluate, step = [], [], [], [], mgclip.evaluate, torch.optim.Adam.step
     mapped = lambda: [m[-9:] for m in Path("/proc/self/maps").read_text().splitlines() if f"{workplace}/scratch" in m]
+    spy = lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
     monkeypatch.setattr(mgclip, "images_at_once", lambda model: 4)
     monkeypatch.setattr(mgclip, "encode_images", lambda *a: encoded.append(len(a[1])) or encode_images(*a))
     monkeypatch.setattr(mgclip, "encode_texts", lambda *a: texts.append(len(a[1])) or encode_texts(*a))
     monkeypatch.setattr(mgclip, "evaluate", lambda *a: held.append(mapped()) or evaluate(*a))
     monkeypatch.setattr("tempfile.tempdir", str(workplace / "scratch"))
     Path("scratch").mkdir()
-    ran(f"{FOLDER} --max-epochs 1")
+    ran(f"{FOLDER} --max-epochs 1 --head-batch-size 4")
     # search; a task: training, and once for prototypes and all epochs of the head; tests of tasks 1..t; analysis
     assert sum(encoded) == 3 * 12 + 3 * (12 + 12) + (7 + 13 + 19) + 19
     assert len(texts) <= 2 + 3 + 3 * (3 + 1 + 1) + 1  # one for each gap, batch, evaluation and the analysis
     assert held == [["(deleted)"] * (t + 1) for t in (1, 2, 3)] and os.listdir("scratch") == mapped() == []
+    schedule = [0.01 + 0.99 * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]  # the head's falls by batch
+    assert rates[:15] == pytest.approx([1e-3] * 6 + [5e-4 * part for part in schedule])  # the LoRA's by epoch
 
 
 def test_search_on_each_task_finds_each_its_own_epochs_and_on_the_first_for_all(workplace, monkeypatch):
@@ -469,7 +461,7 @@ def test_search_on_each_task_finds_each_its_own_epochs_and_on_the_first_for_all(
 def test_runs_are_the_official_order_then_seeds_and_go_on_where_they_were_cut_off(workplace, monkeypatch):
     evaluate, calls, command = mgclip.evaluate, [], f"{FOLDER} --epochs 1 --runs 3 --out"
     assert main(f"{command} runs/all".split()) == 0
-    monkeypatch.setattr(mgclip, "evaluate", at_call(5, evaluate, Mock(side_effect=KeyboardInterrupt)))  # second order, task 2
+    monkeypatch.setattr(mgclip, "evaluate", at_call(5, evaluate, Mock(side_effect=KeyboardInterrupt)))  # order 2 task 2
     assert main(f"{command} runs/cut".split()) == 130
     monkeypatch.setattr(mgclip, "evaluate", lambda *args: calls.append(1) or evaluate(*args))
     assert main("--resume runs/cut".split()) == 0
@@ -481,21 +473,20 @@ def test_runs_are_the_official_order_then_seeds_and_go_on_where_they_were_cut_of
     assert (summary["last"]["mean"], summary["last"]["deviation"]) == (pytest.approx(np.mean(last)), deviation)
 
 
-# Data and weights -----------------------------------------------------------------------------------------------------
+# Data, weights and what can be wrong with them ------------------------------------------------------------------------
 
-PERMUTED = {K: np.random.RandomState(1993).permutation(K)[:10].tolist() for K in (100, 200, 1000)}
+PERMUTED = {(s, K): np.random.RandomState(s).permutation(K)[:10].tolist() for s in (5, 1993) for K in (100, 1000)}
 SYNSETS = [*(f"n{1443500 + i:08d}" for i in range(99)), "n01855672", *(f"n{2000000 + i:08d}" for i in range(900))]
 
 
 @pytest.mark.parametrize("options, lr, batch, head_lr, head_batch, sizes, first", [
     ("cifar100", 1e-3, 128, 5e-4, 64, [10] * 10, [87, 0, 52, 58, 44, 91, 68, 97, 51, 15]),
     ("imagenet-r", 1e-3, 64, 5e-4, 32, [20] * 10, [150, 119, 193, 2, 75, 179, 129, 68, 145, 53]),
-    ("imagenet100", 5e-4, 128, 1e-3, 128, [10] * 10, PERMUTED[100]),
-    ("imagenet1k", 1e-3, 128, 5e-4, 64, [100] * 10, PERMUTED[1000]),
+    ("imagenet100", 5e-4, 128, 1e-3, 128, [10] * 10, PERMUTED[1993, 100]),
+    ("imagenet1k", 1e-3, 128, 5e-4, 64, [100] * 10, PERMUTED[1993, 1000]),
     ("vtab", 1e-3, 128, 5e-4, 64, [10] * 5, list(range(10))),
     ("folder --tasks 3", 1e-3, 128, 5e-4, 64, [3, 2, 2], [0, 1, 2]),  # as even as can be
-    ("cifar100 --tasks 4,2,94 --class-order natural --lr 7", 7.0, 128, 5e-4, 64, [4, 2, 94], [0, 1, 2, 3]),
-    ("imagenet-r --tasks 2 --class-order 1993", 1e-3, 64, 5e-4, 32, [100, 100], PERMUTED[200]),
+    ("cifar100 --tasks 4,2,94 --class-order 5 --lr 7", 7.0, 128, 5e-4, 64, [4, 2, 94], PERMUTED[5, 100]),
 ])  # fmt: skip
 def test_presets_are_the_papers_and_what_help_prints(capsys, options, lr, batch, head_lr, head_batch, sizes, first):
     command = ["--dataset", *options.split()]
@@ -587,19 +578,15 @@ def test_cifar100_food101_and_pets_are_read_as_torchvision_lays_them_out(workpla
 @pytest.mark.filterwarnings("ignore")
 def test_state_dicts_are_read_in_float32_to_the_bit_and_torchscript_archives_too(workplace):
     model, images = made_up_clip(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    weights = model.state_dict()
-    assert same(load_clip("tiny.pt").state_dict().values(), weights.values())
-    torch.save({name: weight.half() for name, weight in weights.items()}, "half.pt")
-    assert same(load_clip("half.pt").state_dict().values(), [weight.half().float() for weight in weights.values()])
+    assert same(load_clip("tiny.pt").state_dict().values(), model.state_dict().values())
+    torch.save({name: weight.half() for name, weight in model.state_dict().items()}, "half.pt")
+    assert same(load_clip("half.pt").state_dict().values(), [w.half().float() for w in model.state_dict().values()])
     for name, value in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49408)):
         if not hasattr(model, name):  # as OpenAI's archives carry their sizes
             model.register_buffer(name, torch.tensor(value))
     torch.jit.trace(model, (torch.randn(1, 3, 32, 32), tokens_of(NAMES[:2]))).save("traced.pt")
     difference = encode_images(load_clip("traced.pt"), images) - encode_images(made_up_clip(), images)
     assert difference.abs().max() < 0.01  # clip.load goes through float16
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 def refused(capsys, arguments, *words):
@@ -621,30 +608,22 @@ def twins(*names):
         Path("images", half, old).rename(Path("images", half, new))
 
 
-def replaced(options):
-    """Puts the checkpoint of a run with other options into the folder of the one that was cut off."""
-    ran(f"{LONG} {options}", "other")
-    shutil.copy("other/checkpoint.pt", "cut/checkpoint.pt")
-
-
-NEW, ONE_EPOCH, CUT = f"{FOLDER} --epochs 0 --out new", f"{FOLDER} --epochs 1 --out new", "--resume cut"
+NEW, CUT = f"{FOLDER} --epochs 0 --out new", "--resume cut"
 TRAP = type("Trap", (), dict(__reduce__=lambda self: (os.mkdir, ("sprung",))))()  # makes a folder if a file runs code
 LISTING = Path("images/classes.txt")
-NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+NO_MEMORY = Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 
 
 @pytest.mark.parametrize("damage, command, words", [
     *((None, f"{NEW} {option}", option.split()) for option in (
-        "--tasks 0", "--alpha nan", "--alpha -0.1", "--beta inf", "--lr 0", "--rank 0", "--runs 0", "--search all",
+        "--tasks 0", "--tasks 5,1", "--alpha nan", "--alpha -0.1", "--beta inf", "--lr 0", "--rank 0", "--runs 0",
         "--class-order random", "--template photo", "--device quantum", "--zeroshot birds", "--zeroshot =images",
         "--chunk-size 5", "--model no-such", "--model ViT-B/16", "--dataset imagenet", "--data-root nowhere",
     )),
-    (None, f"{NEW} --tasks 7", ["--tasks 7", "6 classes"]),
-    (None, f"{NEW} --tasks 5,1", ["--tasks 5,1", "two classes in each"]),
+    (None, f"{NEW} --tasks 4", ["--tasks 4", "6 classes", "two classes in each"]),
     (None, f"{NEW} --dataset imagenet-r", ["official", "200 classes", "holds 6", "natural"]),
     (None, "--dataset cifar100 --model tiny.pt --out new", ["cifar100", "--data-root", "data"]),
     (None, "--data-root images", ["--data-root", "--dataset folder"]),
-    (None, f"{NEW} --out tiny.pt/run", ["tiny.pt/run"]),
     (None, f"{NEW} --out mine", ["mine"]),
     (None, f"{NEW} --out whole", ["whole"]),
     (None, ["--resume", ""], ["--resume"]),
@@ -666,14 +645,16 @@ NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     (lambda _: twins("avocado"), CUT, ["cut/checkpoint.pt", "classes", "apple", "avocado"]),
     (lambda _: torch.save(made_up_weights(1), "tiny.pt"), CUT, ["cut/checkpoint.pt", "sha256"]),
     (lambda _: torch.save(made_up_weights(1), "tiny.pt"), "--predict a.png --resume whole", ["whole", "sha256"]),
-    (lambda _: replaced("--seed 1"), CUT, ["cut/checkpoint.pt", "seed"]),
-    (lambda _: replaced("--class-order 5"), CUT, ["cut/checkpoint.pt", "class_order", "official", "5"]),
+    (lambda _: [ran(f"{LONG} --seed 1", "other"), shutil.copy("other/checkpoint.pt", "cut")],
+     CUT, ["cut/checkpoint.pt", "seed"]),
+    (lambda _: [ran(f"{LONG} --class-order 5", "other"), shutil.copy("other/checkpoint.pt", "cut")],
+     CUT, ["cut/checkpoint.pt", "class_order", "official", "5"]),
     (lambda _: os.truncate("cut/checkpoint.pt", 5000), CUT, ["cut/checkpoint.pt", "cut short or no checkpoint"]),
     (lambda _: torch.save(TRAP, "cut/checkpoint.pt"), CUT, ["cut/checkpoint.pt", "no checkpoint"]),
     (lambda _: Path("metrics.jsonl").write_text("words"), "--plot .", ["--plot"]),
     (lambda patch: patch.setattr(mgclip, "measure_gap", lambda *_: (0.1, 1e-6)), f"{FOLDER} --out new", ["--epochs"]),
-    (lambda patch: patch.setattr(mgclip, "finetune", Mock(side_effect=NO_MEMORY)), ONE_EPOCH, ["memory", "--resume new"]),
-    (lambda patch: patch.setattr(mgclip, "finetune", Mock(side_effect=MemoryError)), ONE_EPOCH, ["memory", "--resume new"]),
+    (lambda patch: patch.setattr(mgclip, "finetune", NO_MEMORY), NEW, ["memory", "--resume new"]),
+    (lambda patch: patch.setattr(mgclip, "finetune", Mock(side_effect=MemoryError)), NEW, ["memory", "--resume new"]),
     (lambda patch: patch.setattr(os, "posix_fallocate", Mock(side_effect=OSError("full"))), NEW, ["TMPDIR", "no room"]),
     (lambda patch: patch.setitem(sys.modules, "matplotlib", None), f"{NEW} --plot", ["pip install matplotlib"]),
     (lambda _: Path(".cache").write_text("a file"), "--out new --device cpu", [".cache"]),
@@ -686,8 +667,7 @@ def test_what_a_user_can_get_wrong_is_one_message(workplace, monkeypatch, capsys
         damage(monkeypatch)
     before = [contents(folder) for folder in ("mine", "whole", "cut")]
     refused(capsys, command, *words)
-    after = [contents(folder) for folder in ("mine", "whole", "cut")]
-    assert after == before and not Path("sprung").exists()
+    assert before == [contents(folder) for folder in ("mine", "whole", "cut")] and not Path("sprung").exists()
 
 
 # Processes and terminals ----------------------------------------------------------------------------------------------
@@ -743,9 +723,8 @@ def test_an_interrupted_run_goes_on_from_anywhere_with_its_data_moved_and_leaves
     mine = ("notes.txt", ".a.b.1", "checkpoint.pt.1.part", ".checkpoint.pt.12", "images")
     for name in mine:
         Path("cut", name).write_text(name)
-    Path("elsewhere").mkdir()
-    Path("images").rename("elsewhere/moved")
-    os.chdir("elsewhere")
+    Path("images").rename("birds/moved")
+    os.chdir("birds")
     for _ in range(2):  # a finished run stays as it is
         assert main("--resume ../cut --data-root moved --device cpu".split()) == 0
         assert events("../cut") == events("../whole") and same(learned("../cut"), learned("../whole"))
@@ -815,14 +794,7 @@ def test_two_nodes_agree_with_one_process_and_each_decodes_and_holds_its_share(w
     assert not Path("node1/run").exists()  # process 0 alone writes
 
 
-def test_two_processes_go_on_with_what_one_began(workplace):
-    assert together("--resume cut") == [0, 0]
-    assert [e["per_task"] for e in events("cut", "task")] == [e["per_task"] for e in events("whole", "task")]
-
-
-@pytest.mark.parametrize("options, words", [
-    ("--alpha=-1", "argument --alpha"), ("--tasks 7", "--tasks 7"), ("", "apple/1.png: cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize("options, words", [("--alpha=-1", "argument --alpha"), ("", "apple/1.png: cannot be read")])
 def test_bad_input_is_said_once_whoever_finds_it(workplace, options, words):
     Path("images/train/apple/1.png").write_text("words")  # in the share of process 1
     statuses = together(f"{FOLDER} {options} --out run")
@@ -864,9 +836,9 @@ def test_predict_gives_the_five_best_classes_by_eq_5_and_names_and_skips_what_it
     x = encode_images(model, torch.stack([decoded(path) for path in paths]))
     text_logits, visual = 100 * x @ encode_texts(model, tokens_of(names)).T, head(x)
     fused, text = fused_scores(text_logits, visual, 2), text_logits.softmax(1)
-    best = [(i, rank, k) for i in (0, 1) for rank, k in enumerate(fused[i].argsort(descending=True)[:5].tolist(), 1)]
-    assert [row[:3] for row in rows] == [[paths[i], str(rank), names[k]] for i, rank, k in best]
-    scores = [[float(part[i, k]) for part in (fused, text, visual)] for i, _, k in best]
+    best = [(i, k) for i in (0, 1) for k in fused[i].argsort(descending=True)[:5].tolist()]
+    assert [row[:3] for row in rows] == [[paths[i], str(n % 5 + 1), names[k]] for n, (i, k) in enumerate(best)]
+    scores = [[part[i, k].item() for part in (fused, text, visual)] for i, k in best]
     close([[float(number) for number in row[3:]] for row in rows], scores)
 
 
@@ -881,9 +853,7 @@ def test_plot_draws_a_row_for_each_run(workplace):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("more", ["fp32", "bf16", "bf16 --compile"])
-def test_a_gpu_agrees_with_the_authors_and_with_the_cpu(task, workplace, more):
-    history = find_epochs(task[0].to("cuda"), *task[1:], 0.1, lr=0.01, batch_size=24)[1]
-    close([h["neg"] for h in history], NEG[:5])
+def test_a_gpu_agrees_with_the_cpu(workplace, more):
     ran(f"{LONG} --device cuda --precision {more}")
     cpu, gpu = ([e["neg"] for e in events(out, "search")] for out in ("whole", "run"))
     assert gpu[0] == pytest.approx(cpu[0], abs=1e-4) and gpu == pytest.approx(cpu, abs=0.02)
