@@ -559,8 +559,9 @@ class RidgeHead(CosineHead):
         """Solve anew with a task more: features (N, D), and labels (N,) that count its classes from 0."""
         X = features.double().cpu()
         Y = F.one_hot(labels.long()).double()  # (N, k)
-        XX = self.sums[0] + X.T @ X  # (D, D)
-        XY = torch.cat([self.sums[1], X.T @ Y], dim=1)  # (D, K)
+        XX, XY = self.sums
+        XX = XX + X.T @ X  # (D, D)
+        XY = torch.cat([XY, X.T @ Y], dim=1)  # (D, K)
         self.sums = [XX, XY]
         W = torch.linalg.solve(XX + self.ridge * torch.eye(len(XX), dtype=torch.double), XY)  # (D, K)
         self.weight = nn.Parameter(W.T.to(features))
@@ -580,12 +581,9 @@ class NullSpace:
     def __init__(self, model, rho):
         self.model, self.rho = model, rho
         self.attns = [module for module in model.modules() if isinstance(module, KeyValueLoRA)]  # images' first
-        self.moments = [torch.zeros(2 * [attn.attn.embed_dim], dtype=torch.double) for attn in self.attns]
+        self.weights = [attn.attn.in_proj_weight.data for attn in self.attns]  # (3 d, d), earlier tasks' LoRA folded in
+        self.moments = [torch.zeros(2 * [W.shape[1]], dtype=torch.double) for W in self.weights]
         self.P = []  # a projection (d, d) per block, from the second task on
-
-    def weights(self):
-        """The frozen weights of queries, keys and values, (3 d, d) per block, with earlier tasks' LoRA folded in."""
-        return [attn.attn.in_proj_weight.data for attn in self.attns]
 
     @torch.no_grad()
     def remember(self, images, tokens):
@@ -609,7 +607,7 @@ class NullSpace:
     def begin_task(self, generator):
         """Fold B A / r into the frozen weights, and start a fresh LoRA in what earlier tasks leave free."""
         self.P = []
-        for attn, W, M in zip(self.attns, self.weights(), self.moments):
+        for attn, W, M in zip(self.attns, self.weights, self.moments):
             _, W_k, W_v = W.chunk(3)  # views
             W_k += attn.B_k @ attn.A_k / len(attn.A_k)
             W_v += attn.B_v @ attn.A_v / len(attn.A_v)
@@ -973,7 +971,7 @@ def load_parameters(state, lora, head, null_space):
     head.sums = state["sums"]
     if null_space:
         null_space.moments, weights = state["null_space"]
-        for W, saved in zip(null_space.weights(), weights, strict=True):
+        for W, saved in zip(null_space.weights, weights, strict=True):
             W.copy_(saved)
 
 
@@ -1029,7 +1027,7 @@ class Log:
         state = dict(task=task, epochs=epochs, record=self.record, events=self.events, generator=generator.get_state())
         state |= dict(lora=[p.detach().cpu() for p in lora], head=head.weight.detach().cpu())
         state |= dict(seconds=time.perf_counter() - self.began, sums=getattr(head, "sums", None))
-        state |= dict(null_space=null_space and (null_space.moments, null_space.weights()))
+        state |= dict(null_space=null_space and (null_space.moments, null_space.weights))
         if self.writes:
             with replacing(self.folder / "checkpoint.pt") as file:
                 torch.save(state, file)
@@ -1363,7 +1361,7 @@ def parse(argv=None):
     add("--gelu", action="store_true", help="GELU for QuickGELU: most weights of OpenCLIP")
     add("--seed", type=whole, default=0, help="seed of the LoRA's first values and of the images' order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
-    add("--precision", choices=["fp32", "bf16"], help="of training and scoring; None: bf16 on cuda, else fp32")
+    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; bf16 pays on a CPU with AVX512-BF16 or AMX")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--workers", type=count, help="threads that decode images; None: a few more than processors")
     add("--runs", type=count, help="this many class orders: --class-order, then the seeds 1, 2, ..")
