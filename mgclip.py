@@ -314,7 +314,9 @@ def find_epochs(model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, *
 
 def class_prototypes(features, labels):
     """Mean of the unit-norm features (N, D) of each class in labels (N,), int in [0, K), each with images -> (K, D)."""
-    return torch.stack([features[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+    K = int(labels.max()) + 1
+    labels = labels.to(features.device)
+    return torch.stack([features[labels == k].mean(0) for k in range(K)])
 
 
 class CosineHead(nn.Module):
@@ -764,7 +766,8 @@ def open_data(dataset, root, half, size):
 
     Items are (uint8 image, class number), .targets the class numbers of all, .names the names of the classes.
     """
-    with naming(f"--data-root {root}: {dataset}, {half}"):
+    option = "--zeroshot" if half == "zeroshot" else "--data-root"
+    with naming(f"{option} {root}: {dataset}, {half}"):
         if dataset == "patterns":
             data, names = draw_split(half), PATTERNS
         elif dataset == "cifar100":  # at 32 x 32: `encode_images` resizes. The names keep torchvision's underscores
@@ -1361,7 +1364,7 @@ def parse(argv=None):
     add("--gelu", action="store_true", help="GELU for QuickGELU: most weights of OpenCLIP")
     add("--seed", type=whole, default=0, help="seed of the LoRA's first values and of the images' order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
-    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; bf16 pays on a CPU with AVX512-BF16 or AMX")
+    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; a CPU needs AVX512-BF16 or AMX")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--workers", type=count, help="threads that decode images; None: a few more than processors")
     add("--runs", type=count, help="this many class orders: --class-order, then the seeds 1, 2, ..")
