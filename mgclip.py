@@ -43,7 +43,7 @@ import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
@@ -272,7 +272,7 @@ def finetune(model, lora, images, labels, tokens, epochs, **options):
 
     lora: what `add_lora` returned; the same one goes on from task to task. images: uint8 (N, 3, H, W); labels (N,): int
     rows of tokens (K, 77), both of the current task alone. options: lr, batch_size, generator (of the images' order, on
-    the CPU), extra_loss (of a baseline) and after_step, as `train_epochs` has them.
+    the CPU), extra_loss(x, texts, logits, rows), a baseline's loss to add, and after_step(), called after every step.
     Raises FloatingPointError, which names the epoch, if a loss is not finite.
     """
     return [loss for _, loss in train_epochs(model, lora, images, labels, tokens, epochs, **options)]
@@ -314,9 +314,8 @@ def find_epochs(model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, *
 
 def class_prototypes(features, labels):
     """Mean of the unit-norm features (N, D) of each class in labels (N,), int in [0, K), each with images -> (K, D)."""
-    K = int(labels.max()) + 1
     labels = labels.to(features.device)
-    return torch.stack([features[labels == k].mean(0) for k in range(K)])
+    return torch.stack([features[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
 
 
 class CosineHead(nn.Module):
@@ -400,7 +399,7 @@ def evaluate(model, head, tests, tokens, beta):
 
 
 def run(config):
-    """MG-CLIP, lines 1-12, on the tasks of a data set. config: what `parse` returns, e.g. parse(["--dataset", "vtab"]).
+    """MG-CLIP, lines 1-12, on the tasks of a data set. config: what `parse` returns (--runs and --plot are `start`'s).
 
     Returns the `end` event of metrics.jsonl: a dict with accuracy [A_1..A_T], avg, last, epochs and the analyses.
     Raises ValueError, OSError or FloatingPointError, with a message, for what the user can cause.
@@ -418,7 +417,7 @@ def run(config):
     head_options = dict(lr=config.head_lr, batch_size=config.head_batch_size, generator=generator)
 
     lora = add_lora(model, config.rank)  # line 1
-    head, null_space = beyond(model, config)  # in MG-CLIP a CosineHead and None
+    head, null_space = head_and_null_space(model, config)  # in MG-CLIP a CosineHead and None
     done, E = log.restore(lora, head, null_space, generator)  # E: found before, fixed by --epochs, or None: to be found
     others = load_zeroshot(config, model.visual.input_resolution)
     if done == 0:
@@ -462,6 +461,7 @@ def run(config):
         if null_space:
             null_space.remember(images, tokens[first:K])
         log.save(t, E, lora, head, null_space, generator)
+        images = task = lora_options["extra_loss"] = None  # let go before the next task is decoded
 
     analysis = analyse(model, head, tests, tokens[:K])
     return log.end(analysis, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
@@ -631,7 +631,7 @@ class NullSpace:
             attn.A_v.copy_(attn.A_v @ P)
 
 
-def beyond(model, config):
+def head_and_null_space(model, config):
     """The head, and the null space or None, of --head and --null-space."""
     D = model.text_projection.shape[1]
     head = RidgeHead(D, config.ridge) if config.head == "ridge" else CosineHead(D)
@@ -705,12 +705,12 @@ def split_classes(config, K):
     else:  # 4,8,16: three tasks of so many classes; what is left over is not learned
         tasks = np.split(order, np.cumsum(sizes))[:-1]
     if sum(sizes) > K or min(len(task) for task in tasks) < 2:
-        raise ValueError(f"--tasks {config.tasks}: too many for {K} classes; Eq. 2 needs two classes in each task")
+        raise ValueError(f"--tasks {config.tasks}: {K} classes do not give two classes in each, as Eq. 2 needs")
     return [task.tolist() for task in tasks]
 
 
 def preprocess(size):
-    """CLIP's own preprocessing but for the normalisation, which the GPU does: a picture -> uint8 (3, size, size)."""
+    """CLIP's own preprocessing but for `normalised_pixels`: a picture -> uint8 (3, size, size)."""
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     crop, rgb = transforms.CenterCrop(size), lambda image: image.convert("RGB")
     return transforms.Compose([resize, crop, rgb, transforms.PILToTensor()])
@@ -781,7 +781,7 @@ def open_data(dataset, root, half, size):
             choices = [Path(root, "train")] if half == "train" else [Path(root, "test"), Path(root, "val")]
             data = Folder(next(filter(Path.is_dir, choices), choices[0]), size)
             names = class_names(root, data.classes)
-            if dataset == "vtab" and names == data.classes:
+            if dataset == "vtab" and names == [str(c) for c in range(50)]:
                 names = VTAB_NAMES
     data.names = names[: PRESETS.get(dataset, PRESETS["folder"])["classes"]]  # imagenet100: ImageNet-1K's first
     return data
@@ -888,6 +888,8 @@ def load_clip(name_or_path, device="cpu", compile=False, gelu=False):
     gelu: for weights trained with GELU, as most of OpenCLIP's, in the place of OpenAI's QuickGELU.
     Raises ValueError if there is no such model, or it cannot be read or is no ViT.
     """
+    with naming(f"--device {device}: cannot be used here"):
+        torch.empty(0, device=device)
     path = tiny_clip() if name_or_path == "tiny" else name_or_path
     with naming(f"--model {path}: not there (downloads go to ~/.cache/clip), cut short or no CLIP"):
         archive = zipfile.is_zipfile(path) and "/code/" in " ".join(zipfile.ZipFile(path).namelist())
@@ -987,6 +989,14 @@ ROWS = dict(  # what the terminal shows of an event
 )
 
 
+def new_folder(path):
+    """Make the folder of a run. Raises ValueError if it is there and not empty."""
+    with naming(f"--out {path}: must be a new or empty folder"):
+        if path.is_dir():
+            path.rmdir()  # refuses a folder that is not empty
+        path.mkdir(parents=True)
+
+
 class Log:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt), which process 0 writes, and its tables."""
 
@@ -1000,9 +1010,8 @@ class Log:
         self.writes = process()[0] == 0
         if not self.writes:
             return
-        if not config.resume and self.folder.is_dir():
-            self.folder.rmdir()  # refuses a folder that is not empty
-        self.folder.mkdir(parents=True, exist_ok=bool(config.resume))
+        if not config.resume:
+            new_folder(self.folder)
         self.lock = open(self.folder / ".lock", "a")
         if os.name == "posix":  # the system lets go of the lock, however this process ends
             import fcntl
@@ -1011,7 +1020,10 @@ class Log:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def restore(self, lora, head, null_space, generator):
-        """Bring back what `save` wrote last. Returns how many tasks are learned, 0 in a new run, and E or None."""
+        """Bring back what `save` wrote last, and write config.json and metrics.jsonl so far.
+
+        Returns how many tasks are learned, 0 in a new run, and E or None.
+        """
         saved = read_checkpoint(self.folder, self.record) if self.writes else None
         state = from_rank_0(saved) or dict(task=0, epochs=self.record["epochs"], events=[], seconds=0)
         if state["task"] > 0:
@@ -1053,7 +1065,7 @@ class Log:
             print("(published, with OpenAI's ViT-B/16: pos 0.2574, neg 0.1880 at first, E = 1)")
 
     def task(self, t, encoded, **values):
-        """encoded: how many images went through the model since the last event."""
+        """encoded: how many images were trained on or encoded, baselines aside, since the last event."""
         seconds = time.perf_counter() - self.last
         self.write("task", task=t, **values, seconds=seconds, images_per_second=encoded / seconds)
 
@@ -1092,9 +1104,9 @@ def predict(config):
     model = load_clip(config.model, config.device, gelu=config.gelu)
     state = read_checkpoint(config.out, vars(config) | dict(model_sha256=model_sha256(model)))
     if state is None:
-        raise ValueError(f"--resume {config.out}: has no checkpoint yet; one comes with the first task")
+        raise ValueError(f"--resume {config.out}: no checkpoint yet (those of --runs lie in its folders)")
     lora = add_lora(model, config.rank)
-    head, null_space = beyond(model, config)
+    head, null_space = head_and_null_space(model, config)
     load_parameters(state, lora, head, null_space)
     names = sum(config.classes, [])[: len(head.weight)]
     texts = encode_texts(model, class_tokens(config.template, names, config.data_root))  # (K, D)
@@ -1306,10 +1318,11 @@ def checked(kind, accept, meaning):
     """A type for argparse: kind(text), refused unless accept(value)."""
 
     def read(text):
-        value = kind(text)
-        if not accept(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be {meaning}")
-        return value
+        with suppress(ValueError):
+            value = kind(text)
+            if accept(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be {meaning}")
 
     return read
 
@@ -1327,15 +1340,15 @@ def parse(argv=None):
         "--beta 0; compensation alone --epochs 10 --beta 4; preservation alone --beta 0.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    count = checked(int, lambda n: n >= 1, "at least 1")
-    whole = checked(int, lambda n: n >= 0, "at least 0")
+    count = checked(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1, below 2**31")
+    whole = checked(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0, below 2**31")
     weight = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
     existing = checked(os.path.abspath, os.path.isdir, "a folder with train/CLASS/* and test/CLASS/*")
     share = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
     rate = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
     sizes = checked(str, re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "10, or 4,8,16")
     order = checked(str, re.compile(r"official|natural|\d{1,9}").fullmatch, "official, natural or a seed")
-    others = checked(absolute, re.compile("food101|pets|patterns|[^=]+=.+").fullmatch, "one of these, or NAME=FOLDER")
+    others = checked(absolute, re.compile("food101|pets|patterns|[^=]+=.+").fullmatch, "one of those in --help")
     prompt = checked(str, lambda text: text.count("{}") == 1, "a text with one {}, where the class name goes")
     add = parser.add_argument
     add("--dataset", default="patterns", choices=list(PRESETS), help="the data set; its preset fills in the defaults")
@@ -1364,9 +1377,9 @@ def parse(argv=None):
     add("--gelu", action="store_true", help="GELU for QuickGELU: most weights of OpenCLIP")
     add("--seed", type=whole, default=0, help="seed of the LoRA's first values and of the images' order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
-    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; a CPU needs AVX512-BF16 or AMX")
-    add("--compile", action="store_true", help="torch.compile the image encoder")
-    add("--workers", type=count, help="threads that decode images; None: a few more than processors")
+    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; a CPU is slow without AVX512-BF16")
+    add("--compile", action="store_true", help="torch.compile the image blocks but the last")
+    add("--workers", type=count, help="threads that decode images; None: Python's default")
     add("--runs", type=count, help="this many class orders: --class-order, then the seeds 1, 2, ..")
     add("--out", help="the run's folder; None: runs/DATASET-ALPHA-BETA-SEED, numbered when taken")
     add("--resume", metavar="RUN", help="go on with a run that was cut off, with the options that it began with")
@@ -1384,7 +1397,8 @@ def parse(argv=None):
             parser.error(f"{option} does not go with --resume: a run goes on with the options that it began with")
         with naming(f"--resume {config.resume}: is not the folder of a run"):
             began = json.loads(Path(config.resume, "config.json").read_text())
-            parser.set_defaults(**began | dict(dataset=began["dataset"], out=config.resume))
+            assert began["dataset"] in PRESETS
+            parser.set_defaults(**began | dict(out=config.resume))
         config = parser.parse_args(argv)
     elif config.predict or config.add:
         parser.error("--predict and --add need --resume RUN")
@@ -1392,6 +1406,10 @@ def parse(argv=None):
         parser.error("--data-root: the demo draws its pictures; --dataset folder learns yours")
     if os.path.isfile(config.model):
         config.model = os.path.abspath(config.model)  # --resume may come from another folder
+    if "--add" in given and config.predict:
+        parser.error("--predict: in a command of its own, after that with --add")
+    if config.plot and config.resume:
+        parser.error("--plot RUN draws finished runs: without --resume")
     if config.runs and config.add:
         parser.error("--add goes with a single run: name one of the folders within")
     if config.search == "each" and config.epochs is not None:
@@ -1414,7 +1432,7 @@ def run_orders(config):
     """--runs: a run for each class order, in a folder within --out. One that is finished is read, one begun goes on."""
     folder, results = Path(config.out), []
     if process()[0] == 0 and not config.resume:
-        folder.mkdir(parents=True)
+        new_folder(folder)
         write_json(folder / "config.json", vars(config))
     seeds = [str(seed) for seed in range(1, config.runs + 1) if str(seed) != config.class_order]
     for order in [config.class_order, *seeds[: config.runs - 1]]:
@@ -1440,7 +1458,6 @@ def start(config):
     with naming(f"--device {config.device}: cannot be used here; every process needs a GPU of its own"):
         if several and config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=config.device)
     if several:
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # a download may be waited for
@@ -1486,7 +1503,7 @@ def main(argv=None):
             message, status = "another process of this run has stopped", 2
         else:
             raise
-    if config.out and Path(config.out, "config.json").exists():
+    if config.out and not config.predict and Path(config.out, "config.json").exists():
         message += f"; to go on: python mgclip.py --resume {config.out}"
     time.sleep(rank)  # torchrun ends the others as soon as one has said what is wrong
     print(f"mgclip: {message}", file=stderr)
