@@ -461,7 +461,7 @@ def run(config):
         if null_space:
             null_space.remember(images, tokens[first:K])
         log.save(t, E, lora, head, null_space, generator)
-        images = task = lora_options["extra_loss"] = None  # let go before the next task is decoded
+        del images, task  # before the next task is decoded
 
     analysis = analyse(model, head, tests, tokens[:K])
     return log.end(analysis, sum(p.numel() for p in lora) + head.weight.numel())  # line 12
@@ -536,9 +536,12 @@ def forgetting(per_task):
     Ranzato 2017); 0 while there is one task. Tasks whose test images are gone (None) do not count.
     """
     *before, last = per_task
-    scored = [j for j in range(len(before)) if last[j] is not None]
-    lost = [max(row[j] for row in before[j:] if row[j] is not None) - last[j] for j in scored]
-    gained = [last[j] - before[j][j] for j in scored]
+    lost, gained = [], []
+    for j in range(len(before)):
+        if last[j] is not None:
+            scored = [row[j] for row in before[j:] if row[j] is not None]  # after task j, after the next, ..
+            lost.append(max(scored) - last[j])
+            gained.append(last[j] - scored[0])
     return mean(lost or [0.0]), mean(gained or [0.0])
 
 
@@ -813,8 +816,9 @@ def class_tokens(template, names, root):
     where = f"{root}/classes.txt or, without one, its folders"
     with naming(f"{where}: a class has no prompt that CLIP can read"):  # clip's own message says which
         tokens = clip.tokenize([template.replace("{}", name) for name in names])
-    prompts = tokens.tolist()
-    twins = [name for name, prompt in zip(names, prompts) if prompts.count(prompt) > 1]
+    prompts = [tuple(prompt) for prompt in tokens.tolist()]
+    count = Counter(prompts)
+    twins = [name for name, prompt in zip(names, prompts) if count[prompt] > 1]
     if twins:
         raise ValueError(f"{where}: classes with one prompt, as CLIP reads it: {', '.join(twins)}")
     return tokens
@@ -861,7 +865,9 @@ def resize_and_crop(images, size):
     H, W = images.shape[-2:]
     if H == W == size:
         return images
-    h, w = int(size * H / min(H, W)), int(size * W / min(H, W))
+    short = min(H, W)
+    h = int(size * H / short)
+    w = int(size * W / short)
     for shape in ((H, w), (h, w)):  # width, then height, to 8 bits after each
         images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
     return transforms.functional.center_crop(images, size)
@@ -1124,7 +1130,8 @@ def predict(config):
         fused, text = fused_scores(text_logits, visual, config.beta), text_logits.softmax(1)
     for i, path in enumerate(images):
         for rank, k in enumerate(fused[i].argsort(descending=True)[:5], 1):
-            print(path, rank, names[k], f"{fused[i, k]:.4f}\t{text[i, k]:.4f}\t{visual[i, k]:.4f}", sep="\t")
+            scores = f"{fused[i, k]:.4f}\t{text[i, k]:.4f}\t{visual[i, k]:.4f}"
+            print(path, rank, names[k], scores, sep="\t")
     return status
 
 
@@ -1149,7 +1156,8 @@ def plot(folders):
             left.plot([0, *seen][: len(own)], own, "x--", label=f"zero-shot: {name}")
         left.set(title=f"{folder}\nTest images named right", xlabel="classes seen so far", ylabel="accuracy (%)")
         for name in ("pos", "neg"):
-            middle.plot([100 * (e[name] / search[0][name] - 1) for e in search], "o-", label=name)
+            ratios = [e[name] / search[0][name] for e in search]
+            middle.plot([100 * (ratio - 1) for ratio in ratios], "o-", label=name)
             right.plot(numbers, [e[name] for e in tasks], "o-", label=name)
         alpha = 100 * found[0]["alpha"] if found else 0
         if alpha < 100:
@@ -1377,7 +1385,7 @@ def parse(argv=None):
     add("--gelu", action="store_true", help="GELU for QuickGELU: most weights of OpenCLIP")
     add("--seed", type=whole, default=0, help="seed of the LoRA's first values and of the images' order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of torch")
-    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; a CPU is slow without AVX512-BF16")
+    add("--precision", choices=["fp32", "bf16"], help="None: bf16 on cuda, else fp32; a CPU wants AVX512-BF16 or AMX")
     add("--compile", action="store_true", help="torch.compile the image blocks but the last")
     add("--workers", type=count, help="threads that decode images; None: Python's default")
     add("--runs", type=count, help="this many class orders: --class-order, then the seeds 1, 2, ..")
@@ -1397,7 +1405,8 @@ def parse(argv=None):
             parser.error(f"{option} does not go with --resume: a run goes on with the options that it began with")
         with naming(f"--resume {config.resume}: is not the folder of a run"):
             began = json.loads(Path(config.resume, "config.json").read_text())
-            assert began["dataset"] in PRESETS
+            if began["dataset"] not in PRESETS:
+                raise ValueError(f"no data set {began['dataset']}")
             parser.set_defaults(**began | dict(out=config.resume))
         config = parser.parse_args(argv)
     elif config.predict or config.add:
