@@ -456,14 +456,9 @@ class MGCLIP:
 
     def state(self):
         """All that was learned, without CLIP's own weights, for `load`: it loads with `weights_only=True`."""
-        return dict(
-            E=self.E,
-            names=list(self.names),
-            lora=[p.detach().cpu().clone() for p in self.lora],
-            head=dict(vars(self.head)),
-            generator=self.generator.get_state(),
-            head_generator=self.head_generator.get_state(),
-        )
+        lora = [p.detach().cpu().clone() for p in self.lora]
+        orders = [self.generator.get_state(), self.head_generator.get_state()]
+        return dict(E=self.E, names=list(self.names), lora=lora, head=dict(vars(self.head)), orders=orders)
 
     def load(self, state):
         """Go on where `state` was taken: by a learner of the same options, on the same CLIP."""
@@ -473,8 +468,9 @@ class MGCLIP:
             p.data.copy_(saved)
         vars(self.head).update(state["head"])
         self.head.weight = self.head.weight.to(self.lora[0].device)
-        self.generator.set_state(state["generator"].cpu())
-        self.head_generator.set_state(state["head_generator"].cpu())
+        order, head_order = state["orders"]
+        self.generator.set_state(order.cpu())
+        self.head_generator.set_state(head_order.cpu())
 
 
 def evaluate(learner, tests):
@@ -739,7 +735,7 @@ PAPER = {  # Table 1: Avg / Last; E by the authors' code
 COLUMNS = ("model", "tasks", "lr", "batch_size", "head_lr", "head_batch_size", "head_epochs")
 PRESETS = {name: dict(zip(COLUMNS, row)) for name, *row in (
     # data set,    model       tasks  LoRA lr, batch  head lr, batch, epochs
-    ("patterns",    "tiny",     "8",   8.5e-3, 64,       5e-4, 64, 3),
+    ("patterns",    "tiny",     "8",   7e-3, 64,       5e-4, 64, 3),
     ("cifar100",    "ViT-B/16", "10",  1e-3, 128,      5e-4, 64, 3),
     ("imagenet-r",  "ViT-B/16", "10",  1e-3, 64,       5e-4, 32, 3),
     ("imagenet100", "ViT-B/16", "10",  5e-4, 128,      1e-3, 128, 3),
@@ -830,7 +826,7 @@ def class_names(root, folders):
     if not listing.is_file():
         synsets = [folder for folder in folders if re.fullmatch(r"n\d{8}", folder)]
         if synsets:
-            raise ValueError(f"{listing}: is missing, and '{synsets[0]}' is no name for a prompt; see README, Class names")
+            raise ValueError(f"{listing}: is missing, and {synsets[0]} is no name; see Class names in README.md")
         return folders
     with naming(f"{listing}: is not UTF-8"):
         lines = composed(listing.read_text("utf-8-sig")).splitlines()
@@ -894,7 +890,7 @@ def open_tasks(config, learner):
         for classes in split:
             tasks.append(([names[c] for c in classes], (train, classes), (test, classes)))
             known += tasks[-1][0]
-    with naming(f"--model {config.model}: cannot read a prompt; --template or {config.data_root}/classes.txt can shorten it"):
+    with naming(f"--model {config.model}: cannot read a prompt; shorten it in {config.data_root}/classes.txt"):
         prompts = learner.prompts(known)  # (K, 77)
     if len(prompts.unique(dim=0)) < len(known):
         print("warning: some classes have one prompt; only their images tell them apart", file=sys.stderr)
@@ -1026,7 +1022,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError("holds more than tensors: torch.save(model.state_dict(), FILE) writes what is wanted") from None
+        raise ValueError("no state dict: torch.save(model.state_dict(), FILE) writes one") from None
 
 
 @contextmanager
@@ -1333,7 +1329,7 @@ PATTERNS = [f"{colour} {texture}" for colour in COLOURS for texture in TEXTURES]
 TEMPLATES = ("a photo of a {}.", "a good photo of a {}.", "a picture of a {}.", "an image of {}.", "a {}.", "{}.")
 # Spreads in pixel values, 0 to 255; brightness in parts of 1. context: how far a class's own background colour goes.
 STYLE = dict(brightness=0.1, hue=15, background=(150, 210), tint=10, context=0, noise=50)
-TASK_STYLE = STYLE | dict(context=30)  # what there is to learn, and what leads naive fine-tuning astray
+TASK_STYLE = STYLE | dict(context=40)  # what there is to learn, and what leads naive fine-tuning astray
 SPLITS = dict(train=(80, TASK_STYLE, 1), test=(25, TASK_STYLE, 3), zeroshot=(25, STYLE, 2))  # pictures a class, seed
 
 
