@@ -153,6 +153,8 @@ def add_lora(model, rank=8):
 
 def encode_images(model, images):
     """Image features: uint8 (N, 3, H, W) of any size -> (N, D) float32, unit norm, on the model's device."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are uint8, 0 to 255, not {images.dtype}: `normalised_pixels` is CLIP's preprocessing")
     return F.normalize(model.encode_image(normalised_pixels(model, images)).float(), dim=-1)
 
 
@@ -408,7 +410,7 @@ class MGCLIP:
         history = self.preserve(images, labels, self.prompts(names))  # lines 2-7
         features = self.features(images)  # (N, D); line 8: from here on f stands still
         self.head.learn(features, labels, generator=self.head_generator, **self.head_options)  # lines 8, 9
-        self.names.extend(names)
+        self.names += [str(name) for name in names]
         return history
 
     def preserve(self, images, labels, tokens):
@@ -638,8 +640,8 @@ class NullSpaceMGCLIP(MGCLIP):
         super().__init__(model, **options)
         self.rho = rho
         self.attns = [module for module in model.modules() if isinstance(module, KeyValueLoRA)]  # images' first
-        self.weights = [attn.attn.in_proj_weight.data for attn in self.attns]  # (3 d, d), earlier tasks' LoRA folded in
-        self.moments = [torch.zeros(2 * [W.shape[1]], dtype=torch.double) for W in self.weights]
+        widths = [attn.attn.embed_dim for attn in self.attns]
+        self.moments = [torch.zeros(d, d, dtype=torch.double) for d in widths]
         self.P = []  # a projection (d, d) per block, from the second task on
 
     def learn(self, images, labels, names):
@@ -653,7 +655,8 @@ class NullSpaceMGCLIP(MGCLIP):
     def begin_task(self):
         """Fold B A / r into the frozen weights, and start a fresh LoRA in what earlier tasks leave free."""
         self.P = []
-        for attn, W, M in zip(self.attns, self.weights, self.moments):
+        for attn, M in zip(self.attns, self.moments):
+            W = attn.attn.in_proj_weight  # (3 d, d)
             _, W_k, W_v = W.chunk(3)  # views
             W_k += attn.B_k @ attn.A_k / len(attn.A_k)
             W_v += attn.B_v @ attn.A_v / len(attn.A_v)
@@ -692,13 +695,15 @@ class NullSpaceMGCLIP(MGCLIP):
         self.moments = [M + new[attn] for attn, M in zip(self.attns, self.moments)]
 
     def state(self):
-        return super().state() | dict(moments=self.moments, weights=[W.cpu().clone() for W in self.weights])
+        weights = [attn.attn.in_proj_weight.cpu().clone() for attn in self.attns]  # earlier tasks' LoRA folded in
+        return super().state() | dict(moments=self.moments, weights=weights)
 
     def load(self, state):
         super().load(state)
         self.moments = state["moments"]
-        for W, saved in zip(self.weights, state["weights"], strict=True):
-            W.copy_(saved)
+        self.P = []
+        for attn, saved in zip(self.attns, state["weights"], strict=True):
+            attn.attn.in_proj_weight.data.copy_(saved)
 
 
 # 9 Data and weights ---------------------------------------------------------------------------------------------------
@@ -884,8 +889,11 @@ def open_tasks(config, learner):
             test, names = open_data(dataset, root, "test", size)
             gone = config.resume and isinstance(test, Folder) and not Path(root, "train").is_dir()
             train, train_names = (None, names) if gone else open_data(dataset, root, "train", size)
-        refuse_names(f"{root}: only in train/ or only in test/", set(names) ^ set(train_names))
-        refuse_names(f"{root}: the run knows them already", set(names) & set(known))
+        if names != train_names:
+            only = few(set(names) ^ set(train_names))
+            raise ValueError(f"{root}: train/ and test/ differ, in folders or in their order: {only}")
+        if set(names) & set(known):
+            raise ValueError(f"{root}: the run knows already: {few(set(names) & set(known))}")
         split = [range(len(names))] if tasks else split_classes(config, len(names))
         for classes in split:
             tasks.append(([names[c] for c in classes], (train, classes), (test, classes)))
@@ -897,10 +905,9 @@ def open_tasks(config, learner):
     return tasks
 
 
-def refuse_names(what, names):
-    """Raises ValueError, with the first of the names and how many there are, if there are any."""
-    if names:
-        raise ValueError(f"{what}: {len(names)} classes: {', '.join(sorted(names)[:5])}")
+def few(names):
+    """How many names there are, and the first of them, for a message."""
+    return f"{len(names)} classes: {', '.join(sorted(names)[:5])}"
 
 
 def load_zeroshot(config, learner):
@@ -937,8 +944,8 @@ def load_images(part, desc):
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(rows) for rows in members]))
     rank, ranks = process()
     mine = np.concatenate(members)[rank::ranks].tolist()
-    if not mine:
-        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), labels
+    if len(labels) < ranks:
+        raise ValueError(f"{desc}: {len(labels)} images are too few for {ranks} processes")
     shape = (len(mine), *data[mine[0]][0].shape)
     file = tempfile.TemporaryFile()  # without a name: memory keeps what fits, and the disk is free after any end
     with naming(f"{tempfile.gettempdir()} (TMPDIR names another folder): no room for decoded images"):
@@ -991,7 +998,7 @@ def load_clip(name_or_path, device="cpu", gelu=False):
         raise ValueError("the package `clip` here is another than OpenAI's CLIP: pip uninstall clip, then pip install "
                          "clip-anytorch==2.6.0, as in requirements.txt")  # fmt: skip
     with naming(f"--device {device}: cannot be used here"):
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     with naming(f"--model {name_or_path}: not there (downloads go to ~/.cache/clip), cut short or no CLIP"):
         path = tiny_clip() if name_or_path == "tiny" else name_or_path
         archive = zipfile.is_zipfile(path) and "/code/" in " ".join(zipfile.ZipFile(path).namelist())
@@ -1043,7 +1050,7 @@ def replacing(path):
     """A file to write in the place of path, which holds the old or the new content, never a part."""
     part = Path(f"{path}.part")
     try:
-        with naming(f"{path}: cannot be written; is the disk full?"), open(part, "wb") as file:
+        with naming(f"{path}: cannot be written"), open(part, "wb") as file:
             yield file
         os.replace(part, path)
     finally:
@@ -1071,8 +1078,9 @@ class Log:
         self.model_sha256 = model_sha256(learner.model)
         self.events = []
         self.began = time.perf_counter()
-        self.writes = process()[0] == 0
+        self.done = 0  # how many tasks are learned
         self.written = False
+        self.writes = process()[0] == 0
         if self.writes:
             self.lock = claim(config)
             self.folder = Path(config.out)
@@ -1082,22 +1090,25 @@ class Log:
         saved = from_rank_0(read_checkpoint(self.folder) if self.writes else None)
         if saved is None:
             if self.writes:
-                self.write_config(0)
+                self.write_config()
             return 0
         load_checkpoint(saved, learner, self.config.model)
         for then, now in zip(learner.names, self.names):
             if then != now:
                 raise ValueError(f"the run learned the class '{then}', where the data now has '{now}'")
-        if len(learner.names) > len(self.names) or saved["others"] != self.others:
-            raise ValueError("the data, or that of --zeroshot, has other classes than the run began with")
+        if saved["others"] != self.others:
+            raise ValueError("--zeroshot: the data has other classes than the run began with")
+        if len(learner.names) > len(self.names):
+            raise ValueError("the run learned more classes than its data holds: name the last folder with --add again")
         self.events = saved["events"]
         self.began -= saved["seconds"]
-        return saved["task"]
+        self.done = saved["task"]
+        return self.done
 
-    def write_config(self, t):
-        """Replace config.json. An added folder is the run's once it is learned, after t tasks."""
+    def write_config(self):
+        """Replace config.json. An added folder is the run's once it is learned."""
         versions = dict(python=sys.version, torch=torch.__version__, threads=torch.get_num_threads())
-        added = self.config.add[: max(0, t - self.first_added)]
+        added = self.config.add[: max(0, self.done - self.first_added)]
         options = vars(self.config) | dict(add=added, versions=versions)
         with replacing(self.folder / "config.json") as file:
             file.write(json.dumps(options, indent=2).encode())
@@ -1109,22 +1120,28 @@ class Log:
         if self.writes:
             with replacing(self.folder / "checkpoint.pt") as file:
                 torch.save(state, file)
-            self.write_config(t)
+            self.done = t
+            self.write_config()
 
     def write(self, event, **values):
         """Add a line to metrics.jsonl, and print a row if there is one for such an event."""
         self.events.append(dict(event=event, **values))
-        lines = [json.dumps(e, allow_nan=False) + "\n" for e in self.events]
-        path = self.folder / "metrics.jsonl" if self.writes else None
-        if self.writes and not self.written:  # until now the file is as it was before --resume
-            with replacing(path) as file:
-                file.write("".join(lines).encode())
-        elif self.writes:
-            with naming(f"{path}: cannot be written"), open(path, "a") as file:
-                file.write(lines[-1])
-        self.written = True
+        if self.writes:
+            self.write_metrics()
         if event in ROWS:
             print(ROWS[event].format(**values), flush=True)
+
+    def write_metrics(self):
+        lines = [json.dumps(event, allow_nan=False) + "\n" for event in self.events]
+        path = self.folder / "metrics.jsonl"
+        if self.written:
+            with naming(f"{path}: cannot be written"), open(path, "a") as file:
+                file.write(lines[-1])
+        else:  # until now the run is as it was before --resume
+            with replacing(path) as file:
+                file.write("".join(lines).encode())
+            self.write_config()
+        self.written = True
 
     def search(self, t, history, E):
         for entry in history:
@@ -1169,13 +1186,15 @@ def claim(config):
     if config.out is None:
         config.out = new_folder(f"runs/{config.dataset}-{config.seed}")
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(f"--out {folder}: cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
     held = {path.name for path in folder.iterdir()}
     begun = {".lock", "config.json", "config.json.part", "metrics.jsonl", "metrics.jsonl.part", "checkpoint.pt.part"}
     cut_off = ".lock" in held and held <= begun  # a run of ours that had learned nothing yet
     if held and not cut_off and not config.resume:
         raise ValueError(f"--out {folder}: must be a new or empty folder")
-    lock = open(folder / ".lock", "a")
+    with naming(f"--out {folder}: cannot be written"):
+        lock = open(folder / ".lock", "a")
     if os.name == "posix":
         import fcntl
 
@@ -1261,7 +1280,8 @@ def read_events(folder):
     """The lines of a run's metrics.jsonl; behind the last line break may stand one that was cut off."""
     with naming(f"--plot {folder}: metrics.jsonl is not there or not a run's"):
         lines = Path(folder, "metrics.jsonl").read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        events = [json.loads(line) for line in lines]
+        return [e for e in events if e["event"]]
 
 
 def plot_accuracy(axes, events):
@@ -1309,7 +1329,8 @@ def plot(folders):
             else:
                 axes.remove()  # nothing to show
     path = Path(folders[0], "plot.png")
-    figure.savefig(path, bbox_inches="tight")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
     ends = [e for events in runs for e in events if e["event"] == "end"]
     for name in ("avg", "last"):
         values = [e[name] for e in ends]
@@ -1485,6 +1506,11 @@ def absolute(entry):
     return f"{name}={os.path.abspath(folder)}" if equals else name
 
 
+def file_or_name(text):
+    """--model: the whole path of a file, likewise, or a name."""
+    return os.path.abspath(text) if os.path.isfile(text) else text
+
+
 def set_name(entry):
     """Of an entry of --zeroshot, food101 or NAME=FOLDER: its name."""
     return entry.partition("=")[0]
@@ -1508,7 +1534,7 @@ def parse(argv=None):
     weight = checked(float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")
     rate = checked(float, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
     share = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    sizes = checked(str, re.compile(r"[1-9]\d*(,[1-9]\d*)*").fullmatch, "10, or 4,8,16")
+    sizes = checked(str, re.compile(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*").fullmatch, "10, or 4,8,16")
     order = checked(str, re.compile(r"official|natural|\d{1,9}").fullmatch, "official, natural or a seed")
     other = checked(absolute, re.compile("food101|pets|patterns|[^=]+=.+").fullmatch, "one of those in --help")
     prompt = checked(str, lambda text: text.count("{}") == 1, "a text with one {}, where the class name goes")
@@ -1519,7 +1545,7 @@ def parse(argv=None):
     add("--class-order", "official", "official, natural (as listed), or a NumPy seed", type=order)
     add("--zeroshot", [], "scored, not learned: food101 pets patterns NAME=FOLDER",
         type=other, nargs="+", action="extend")  # fmt: skip
-    add("--model", None, "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own")
+    add("--model", None, "name of a CLIP with a ViT, or a checkpoint file; tiny: the demo's own", type=file_or_name)
     add("--gelu", False, "GELU for QuickGELU: most weights of OpenCLIP", action="store_true")
     add("--template", "a good photo of a {}.", "prompt; {} is the class name", type=prompt)
     add("--rank", 8, "LoRA rank r", type=count)
@@ -1565,8 +1591,6 @@ def parse(argv=None):
         parser.error("--data-root: the demo draws its pictures; --dataset folder learns yours")
     if config.null_space and config.distill:
         parser.error("--distill needs the untouched CLIP, into which --null-space folds what is learned")
-    if os.path.isfile(config.model):
-        config.model = os.path.abspath(config.model)  # --resume may come from another folder
     return config
 
 
@@ -1575,15 +1599,17 @@ def resumed(given, defaults):
     with naming(f"--resume {given['resume']}: is not the folder of a run"):
         began = json.loads(Path(given["resume"], "config.json").read_text())
         options = defaults | PRESETS[began["dataset"]] | began
+        known = [set_name(entry) for entry in options["zeroshot"]]
+        added = list(options["add"])
     if not os.path.isdir(given.get("data_root", ".")):
         raise ValueError(f"--data-root {given['data_root']}: is no folder")
     moved = {set_name(entry): entry for entry in given.pop("zeroshot", [])}
-    known = [set_name(entry) for entry in options["zeroshot"]]
     for name in moved:
         if name not in known:
             raise ValueError(f"--zeroshot {moved[name]}: the run began without one of this name")
     options["zeroshot"] = [moved.get(set_name(entry), entry) for entry in options["zeroshot"]]
-    given["add"] = [*options["add"], *given.get("add", [])]
+    new = [folder for folder in given.get("add", []) if folder not in added]  # the same command may be given again
+    given["add"] = added + new
     return argparse.Namespace(**options | given | dict(out=given["resume"]))
 
 
@@ -1665,6 +1691,7 @@ def main(argv=None):
         elif "memory" in str(error):
             message, status = f"error: {error!s:.300}", 2
         else:
+            sys.stderr = stderr  # whichever process it is
             raise
     if config.out and not config.predict and Path(config.out, "checkpoint.pt").exists():
         message += f"; to go on: python mgclip.py --resume {shlex.quote(config.out)}"

@@ -761,6 +761,8 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
 
 @pytest.mark.parametrize("damage, command, words", [
     (lambda _: Path("images/test/castle").rename("castle"), NEW, ["images", "1 classes: castle"]),
+    (lambda _: LISTING.write_text("".join(f"{n} {n}\n" for n in NAMES).replace("castle\n", "bicycle\n"))
+     and shutil.rmtree("images/test/castle"), NEW, ["images", "in folders"]),
     (lambda _: [paint(Path("images/train", f"c{i}", "0.png")) for i in range(99)], NEW, ["99 classes: c0, c1, c10"]),
     (lambda _: Path("images/test/forest/6.png").write_text("words"), NEW, ["images/test/forest/6.png"]),
     (lambda _: os.truncate("images/train/forest/0.png", 1000), NEW, ["images/train/forest/0.png", "image"]),
