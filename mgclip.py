@@ -21,8 +21,8 @@ So train only for as long as the gap stays (lines 1-7), and regain the lost plas
     11      A_t <- accuracy over all classes seen so far
     12  report Avg = mean(A_1..A_T), Last = A_T
 
-A `# line n` below marks the statement that is line n: 1-10 in `MGCLIP` and what it calls, 6, 11 and 12 in `run`. Eq. 1
-and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in `fused_scores`, 6 in `subspace_distance`. Parts: 1-6 the method,
+A `# line n` below marks the statement that is line n: 6 and 12 in `run`, 11 in `evaluate`, the others in `MGCLIP` and
+what it calls. Eq. 1 and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in `fused_scores`, 6 in `subspace_distance`. Parts: 1-6 the method,
 7 baselines and analyses, 8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes, 13 command line.
 
     python mgclip.py                                            a demo that downloads nothing: patterns, a tiny CLIP
@@ -164,11 +164,12 @@ def encode_texts(model, tokens):
 
 
 def images_at_once(model):
-    """As many images as a GPU is busy with, or as keep a CPU's widest activation, 4 d a token, within 8 MB."""
+    """As many images as a GPU is busy with, or as keep a CPU's widest activation within 8 MB."""
     if model.logit_scale.is_cuda:
         return 64
     tokens, d = model.visual.positional_embedding.shape
-    return max(1, 2**23 // (tokens * 4 * d * 4))
+    bytes_per_image = tokens * 4 * d * 4  # 4 d float32 a token, in the MLP
+    return max(1, 2**23 // bytes_per_image)
 
 
 @torch.no_grad()
@@ -182,12 +183,12 @@ def extract_features(model, images, desc="image features"):
 
 
 def accumulate_gradients(model, lora, images, labels, tokens, batch, extra_loss=None):
-    """Cross-entropy of a batch (n,) of image numbers over the task's classes; its gradients go to the LoRA's .grad.
+    """Cross-entropy of a batch of image numbers over the task's classes; its gradients become the LoRA's .grad.
 
     The texts are encoded once, the images a chunk at a time: the chunks' gradients add up to those of the batch.
     """
-    texts = encode_texts(model, tokens)  # (K, D); older classes are masked, so they have no row here
-    leaf = texts.detach().requires_grad_()  # gathers the gradients of the chunks
+    texts = encode_texts(model, tokens)  # (K, D), of the task's K classes: older ones are masked, so are left out
+    leaf = texts.detach().requires_grad_()  # its .grad adds up over the chunks, then goes through the text encoder
     for p in (leaf, *lora):
         p.grad = torch.zeros_like(p)
     total = torch.zeros((), device=leaf.device)
@@ -210,7 +211,7 @@ def train_epochs(
     model, lora, images, labels, tokens, epochs, lr=1e-3, batch_size=128, generator=None, extra_loss=None,
     after_step=None,
 ):  # fmt: skip
-    """`finetune`, yielding (epoch, mean loss) after each epoch.
+    """`finetune`, with the same arguments, but yielding (epoch, mean loss) after each epoch.
 
     Adam, cosine schedule stepped per epoch down to 1% of lr, no augmentation (authors' code).
     """
@@ -274,15 +275,15 @@ def find_epochs(model, lora, images, labels, tokens, alpha=0.1, max_epochs=10, g
 
     Arguments as in `finetune`; alpha: the largest relative change of neg, 0.1 is 10%. neg is over all images given, and
     the learning-rate schedule over max_epochs, where that of the final runs is over E (authors' code).
-    Returns (E, history): dicts of epoch, pos, neg, delta, from epoch 0 to the crossing one. Leaves lora and generator
-    as it found them: what follows is what a run does whose E was given.
+    Returns (E, history): dicts of epoch, pos, neg, delta, from epoch 0 to the crossing one, else to max_epochs. Leaves
+    lora and generator as it found them: training then goes on as if E had been given.
     Raises ValueError if neg_0 is so near 0 that Δ means nothing.
     """
     pos, neg_0 = measure_gap(model, images, labels, tokens)  # line 2
     if abs(neg_0) < 1e-3:
         raise ValueError(f"neg_0 = {neg_0:.1e} is too near 0 for Eq. 3 to mean anything: fix E with --epochs")
     E, history = 1, [dict(epoch=0, pos=pos, neg=neg_0, delta=0.0)]
-    with restored(lora, generator):  # line 5: restore the untrained LoRA
+    with restored(lora, generator):  # line 5: restore the LoRA
         epochs = train_epochs(model, lora, images, labels, tokens, max_epochs, generator=generator, **options)
         for e, _ in epochs:  # line 3
             pos, neg = measure_gap(model, images, labels, tokens)
@@ -356,8 +357,8 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
 def fused_scores(text_logits, visual_cosines, beta=4.0):
     """f_clip(x, t) + beta * softmax(W_v x) (Eq. 5): text_logits (N, K), 100 * cos; visual_cosines (N, K) -> (N, K).
 
-    f_clip is a softmax of the class probabilities (authors' code): both terms are then softmaxes of numbers in [-1, 1]
-    and weigh about alike. Beside a single softmax, the head's, nearly flat over K classes, would change almost nothing.
+    f_clip takes the softmax twice (authors' code), so that both terms are softmaxes of numbers in [-1, 1] and weigh
+    about alike. Against a single one the head's softmax, nearly flat over K classes, would hardly count.
     """
     return text_logits.softmax(-1).softmax(-1) + beta * visual_cosines.softmax(-1)
 
@@ -369,34 +370,35 @@ class MGCLIP:
     """A CLIP that learns one task after another: `learn` is lines 2-9 of the algorithm, `scores` line 10.
 
     model: a `clip.model.CLIP` with a ViT, in float32, trained in place. epochs: E; None: found on the first task;
-    "each": on every task. head: W_v, or what takes its place. extra_loss(learner, images, labels, tokens) makes what a
-    baseline adds to the loss on a task, for `finetune`. bf16: mixed precision. The other options are the paper's; the
-    defaults are CIFAR-100's. names: those of all K classes so far. E: the last task's number of epochs.
+    "each": on every task. head: a `CosineHead`, or what takes its place. make_extra_loss(learner, images, labels,
+    tokens): a baseline's, called on every task; what it returns is `finetune`'s extra_loss. bf16: mixed precision. The
+    other options are the paper's, with CIFAR-100's values.
+    Attributes: names, of all K classes so far; E, the number of epochs of the last task.
     """
 
-    after_step = None  # `finetune`'s; MG-CLIP has none
-
     def __init__(
-        self, model, template="a good photo of a {}.", rank=8, alpha=0.1, beta=4.0, epochs=None, max_epochs=10, lr=1e-3,
-        batch_size=128, head_epochs=3, head_lr=5e-4, head_batch_size=64, head=None, extra_loss=None, seed=0, bf16=False,
+        self, model, rank=8, alpha=0.1, beta=4.0, epochs=None, max_epochs=10, lr=1e-3, batch_size=128, head_epochs=3,
+        head_lr=5e-4, head_batch_size=64, template="a good photo of a {}.", head=None, make_extra_loss=None, seed=0,
+        bf16=False,
     ):  # fmt: skip
-        torch.manual_seed(seed)  # of the LoRA's first values
+        self.model = model
+        with torch.random.fork_rng(devices=[]):  # torch's own generator stays as it was
+            torch.manual_seed(seed)
+            self.lora = add_lora(model, rank)  # line 1
         self.generator = torch.Generator().manual_seed(seed)  # of the order of the images
         self.head_generator = torch.Generator().manual_seed(seed)  # of its own, so that heads compare
-        self.model = model
-        self.lora = add_lora(model, rank)  # line 1
         self.head = head or CosineHead(model.text_projection.shape[1])
         self.names = []
         self.template = template
-        self.alpha = alpha
         self.beta = beta
-        self.max_epochs = max_epochs
         self.search_each = epochs == "each"
         self.E = None if self.search_each else epochs
-        self.extra_loss = extra_loss
+        self.make_extra_loss = make_extra_loss
+        self.search_options = dict(alpha=alpha, max_epochs=max_epochs)
         self.lora_options = dict(lr=lr, batch_size=batch_size, generator=self.generator)
         self.head_options = dict(epochs=head_epochs, lr=head_lr, batch_size=head_batch_size)
         device = model.logit_scale.device.type
+        # no cache: it would keep bf16 copies of A and B from before a step
         self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def learn(self, images, labels, names):
@@ -407,26 +409,27 @@ class MGCLIP:
         """
         if labels.unique().tolist() != list(range(len(names))):
             raise ValueError(f"labels: each of the {len(names)} classes needs an image, and they count from 0")
-        history = self.preserve(images, labels, self.prompts(names))  # lines 2-7
-        features = self.features(images)  # (N, D); line 8: from here on f stands still
+        history = self.preserve(images, labels, self.prompts(names))  # lines 2-5 and 7
+        features = self.features(images)  # (N, D), once: from here on f is frozen (line 8)
         self.head.learn(features, labels, generator=self.head_generator, **self.head_options)  # lines 8, 9
         self.names += [str(name) for name in names]
         return history
 
     def preserve(self, images, labels, tokens):
-        """Train the LoRA on a task only for as long as the gap stays. tokens: the prompts (k, 77)."""
+        """Find E if it is not known (lines 2-5), and train the LoRA for E epochs (line 7). tokens: prompts (k, 77)."""
         task = dict(model=self.model, lora=self.lora, images=images, labels=labels, tokens=tokens)
         options = dict(self.lora_options, after_step=self.after_step)
-        again = self.search_each and len(tokens) > 1  # Eq. 2 needs two classes
         history = []
         with self.autocast():
-            if self.extra_loss is not None:
-                options["extra_loss"] = self.extra_loss(self, images, labels, tokens)
-            if self.E is None or again:
-                search = dict(alpha=self.alpha, max_epochs=self.max_epochs)
-                self.E, history = find_epochs(**task, **search, **options)  # lines 2-5
+            if self.make_extra_loss is not None:
+                options["extra_loss"] = self.make_extra_loss(self, images, labels, tokens)
+            if self.E is None or (self.search_each and len(tokens) > 1):  # Eq. 2 needs two classes
+                self.E, history = find_epochs(**task, **self.search_options, **options)  # lines 2-5
             finetune(**task, epochs=self.E, **options)  # line 7
         return history
+
+    def after_step(self):
+        """What follows every step of the LoRA: nothing, in MG-CLIP."""
 
     def features(self, images):
         """Image features (N, D) of uint8 images (N, 3, H, W)."""
@@ -459,8 +462,8 @@ class MGCLIP:
     def state(self):
         """All that was learned, without CLIP's own weights, for `load`: it loads with `weights_only=True`."""
         lora = [p.detach().cpu().clone() for p in self.lora]
-        orders = [self.generator.get_state(), self.head_generator.get_state()]
-        return dict(E=self.E, names=list(self.names), lora=lora, head=dict(vars(self.head)), orders=orders)
+        generators = [self.generator.get_state(), self.head_generator.get_state()]
+        return dict(E=self.E, names=list(self.names), lora=lora, head=dict(vars(self.head)), generators=generators)
 
     def load(self, state):
         """Go on where `state` was taken: by a learner of the same options, on the same CLIP."""
@@ -470,9 +473,8 @@ class MGCLIP:
             p.data.copy_(saved)
         vars(self.head).update(state["head"])
         self.head.weight = self.head.weight.to(self.lora[0].device)
-        order, head_order = state["orders"]
-        self.generator.set_state(order.cpu())
-        self.head_generator.set_state(head_order.cpu())
+        self.generator.set_state(state["generators"][0])
+        self.head_generator.set_state(state["generators"][1])
 
 
 def evaluate(learner, tests):
@@ -485,13 +487,13 @@ def evaluate(learner, tests):
     features, right = [], []  # of every task (N, D), and bool (3, N): named right by Eq. 5, text half, visual half
     for images, labels in tests:
         x = learner.features(images)  # (N, D)
-        labels = labels.to(x.device)
+        scores = learner.scores(x, texts)  # line 10
         features.append(x)
-        right.append(torch.stack([scores.argmax(1) == labels for scores in learner.scores(x, texts)]))  # line 10
-    A_t, A_text, A_visual = (100 * torch.cat(right, 1).double().mean(1)).tolist()  # line 11
-    per_task = [100 * task[0].double().mean().item() for task in right]
-    labels = torch.cat([labels for _, labels in tests])
-    analysis = analyse(torch.cat(features), labels, texts, learner.head.weight)
+        right.append(torch.stack([part.argmax(1).cpu() == labels for part in scores]).double())
+    A_t, A_text, A_visual = (100 * torch.cat(right, 1).mean(1)).tolist()  # line 11
+    per_task = [100 * task[0].mean().item() for task in right]
+    truth = torch.cat([labels for _, labels in tests])
+    analysis = analyse(torch.cat(features), truth, texts, learner.head.weight)
     return dict(accuracy=A_t, text_accuracy=A_text, visual_accuracy=A_visual, per_task=per_task, **analysis)
 
 
@@ -502,14 +504,14 @@ def run(config):
     Raises ValueError, OSError or FloatingPointError, with a message, for what the user can cause.
     """
     learner = in_turn(build, config)  # line 1
-    tasks = in_turn(open_tasks, config, learner)  # nothing is decoded yet
-    others = load_zeroshot(config, learner)  # scored, not learned: --zeroshot
+    tasks = in_turn(open_tasks, config, learner)  # of each: names, training images, test images
+    others = load_zeroshot(config, learner)  # scored, not learned
     log = Log(config, learner, tasks, others)
     done = log.restore(learner)  # how many tasks were learned before --resume
     if done == 0:
         log.zeroshot(0, learner, others)
 
-    K, tests = 0, []
+    K, tests = 0, []  # of tasks 1..t: how many classes; test images and labels
     for t, (names, train, test) in enumerate(tasks, 1):  # line 6
         images, labels = load_images(test, f"task {t}, test")
         tests.append((images, K + labels))  # labels count over all classes
@@ -521,7 +523,8 @@ def run(config):
         log.task(t, learner, **evaluate(learner, tests))  # lines 10, 11
         log.zeroshot(t, learner, others)
         log.save(t, learner)
-    return log.end(learner)  # line 12
+    A = log.accuracies()  # [A_1..A_T]
+    return log.end(learner, avg=mean(A), last=A[-1])  # line 12
 
 
 # 7 The paper's baselines and analyses ---------------------------------------------------------------------------------
@@ -567,8 +570,8 @@ def analyse(features, labels, texts, W_v):
     """Tables 4 and 5, on images of all classes: pos, neg, and how far the images' space is from each classifier's.
 
     features (N, D), labels (N,), texts (K, D), W_v (K, D). B_i of the images is cut to K directions: our choice, since
-    the supplement that says how is not at hand. B_t is of the texts, B_vc of W_v, B_t+vc of both. The distances are
-    left out where K >= D: every classifier then fills the space.
+    the supplement that says how is not at hand. B_t is of the texts, B_vc of W_v, B_t+vc of both. A distance is left
+    out where so many vectors fill the space.
     """
     K, D = texts.shape
     pos, neg = similarity_gap(features, texts, labels)
@@ -578,6 +581,7 @@ def analyse(features, labels, texts, W_v):
         B_i = basis(features, K)
         result["d(B_i, B_t)"] = subspace_distance(B_i, basis(texts, K))
         result["d(B_i, B_vc)"] = subspace_distance(B_i, basis(W_v, K))
+    if 2 * K < D:
         result["d(B_i, B_t+vc)"] = subspace_distance(B_i, basis(torch.cat([texts, W_v]), 2 * K))
     return result
 
@@ -616,8 +620,8 @@ class RidgeHead(CosineHead):
 
     def learn(self, features, labels, **_):
         self.add_classes(class_prototypes(features, labels))  # line 8, for the analyses
-        phi = self.expanded(features).double().cpu()
-        Y = F.one_hot(labels.long()).double()  # (N, k)
+        phi = self.expanded(features).cpu().double()
+        Y = F.one_hot(labels.cpu().long()).double()  # (N, k)
         self.gram = self.gram + phi.T @ phi
         self.sums = torch.cat([self.sums, phi.T @ Y], dim=1)
         self.W = torch.linalg.solve(self.gram, self.sums).float()  # (M, K)
@@ -683,7 +687,7 @@ class NullSpaceMGCLIP(MGCLIP):
 
         def add(attn, inputs):
             x = inputs[1].flatten(0, 1)  # (n N, d): the keys' input
-            new[attn] += (x.T @ x).double().cpu()
+            new[attn] += (x.T @ x).cpu().double()
 
         hooks = [attn.register_forward_pre_hook(add) for attn in self.attns]
         extract_features(self.model, images, desc="moments")
@@ -1156,17 +1160,20 @@ class Log:
     def tasks(self):
         return [e for e in self.events if e["event"] == "task"]
 
+    def accuracies(self):
+        """[A_1..A_T], also of the tasks before --resume."""
+        return [e["accuracy"] for e in self.tasks()]
+
     def zeroshot(self, t, learner, others):
         for name, names, images, labels in others:
             accuracy = zeroshot_accuracy(learner, images, labels, names)
             self.write("zeroshot", dataset=name, task=t, accuracy=accuracy)
 
-    def end(self, learner):
-        """Line 12. Returns the end event."""
+    def end(self, learner, avg, last):
+        """Write and print what the run comes to. Returns the end event."""
         tasks = self.tasks()
-        A = [e["accuracy"] for e in tasks]
         lost, gained = forgetting([e["per_task"] for e in tasks])
-        result = dict(avg=mean(A), last=A[-1], forgetting=lost, backward_transfer=gained)  # line 12
+        result = dict(avg=avg, last=last, forgetting=lost, backward_transfer=gained)
         for name in ("pos", "neg", "d(B_i, B_t)", "d(B_i, B_vc)", "d(B_i, B_t+vc)"):
             if name in tasks[-1]:
                 result[name] = tasks[-1][name]
@@ -1175,7 +1182,7 @@ class Log:
         if self.config.dataset in PAPER:
             print(f"the paper's Avg / Last: {PAPER[self.config.dataset]}")
         parameters = sum(p.numel() for p in learner.lora) + learner.head.weight.numel()
-        result |= dict(accuracy=A, epochs=[e["epochs"] for e in tasks], trainable_parameters=parameters)
+        result |= dict(accuracy=self.accuracies(), epochs=[e["epochs"] for e in tasks], trainable_parameters=parameters)
         self.write("end", **result, seconds=time.perf_counter() - self.began)
         print(f"{parameters:,} trainable parameters\n{self.config.out}")
         return self.events[-1]
@@ -1281,7 +1288,9 @@ def read_events(folder):
     with naming(f"--plot {folder}: metrics.jsonl is not there or not a run's"):
         lines = Path(folder, "metrics.jsonl").read_text().split("\n")[:-1]
         events = [json.loads(line) for line in lines]
-        return [e for e in events if e["event"]]
+        if not all("event" in event for event in events):
+            raise ValueError("lines without an event")
+        return events
 
 
 def plot_accuracy(axes, events):
@@ -1303,8 +1312,9 @@ def plot_search(axes, events):
     for name in ("pos", "neg"):
         ratios = [e[name] / search[0][name] for e in search]
         axes.plot([100 * (ratio - 1) for ratio in ratios], "o-", label=name)
-    for found in [e for e in events if e["event"] == "epochs"][:1]:
-        limit = 100 * found["alpha"]
+    found = [e for e in events if e["event"] == "epochs"]
+    if found:
+        limit = 100 * found[0]["alpha"]
         axes.axhspan(-limit, limit, alpha=0.1, label=f"alpha: {limit:g}%")
     axes.set(xlabel="epoch of the search on the first task", ylabel="change of the mean cosine (%)")
 
@@ -1625,7 +1635,7 @@ def build(config):
     if config.head == "ridge":
         options["head"] = RidgeHead(D)
     if config.align or config.distill:
-        options["extra_loss"] = partial(baseline_loss, align=config.align, distill=config.distill)
+        options["make_extra_loss"] = partial(baseline_loss, align=config.align, distill=config.distill)
     if config.null_space:
         return NullSpaceMGCLIP(model, config.null_space, **options)
     return MGCLIP(model, **options)
