@@ -1041,6 +1041,8 @@ def naming(what):
     """Within it whatever goes wrong becomes a ValueError that says what it means to the user."""
     try:
         yield
+    except BrokenPipeError:  # a reader of our output has gone
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())  # in one line
         raise ValueError(f"{what} ({reason:.300})") from error

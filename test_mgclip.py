@@ -892,11 +892,12 @@ def test_the_command_to_go_on_can_be_pasted(workplace, capsys, monkeypatch):
 # Processes and terminals ----------------------------------------------------------------------------------------------
 
 
-def forked(command, err=os.devnull, folder=".", closed=(), **environment):
+def forked(command, err=os.devnull, folder=".", closed=(), unbuffered=False, **environment):
     """Starts a process with a command of ours, as data loaders start theirs."""
 
     def work():
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(err, "w", buffering=1)
+        sys.stdout.reconfigure(write_through=unbuffered)
         for number, name in closed:
             os.close(number)
             setattr(sys, name, None)  # as Python has it that starts so
@@ -1036,7 +1037,7 @@ def test_a_reader_who_has_gone_ends_a_command_quietly(workplace, command):
     terminal, (reading, writing) = os.dup(1), os.pipe()
     os.close(reading)
     os.dup2(writing, 1)
-    process = forked(command, "err")
+    process = forked(command, "err", unbuffered=True)
     os.dup2(terminal, 1)
     assert ended(process) in ([0], [141]) and Path("err").read_text() == ""
 
