@@ -1181,7 +1181,8 @@ class Log:
                 result[name] = tasks[-1][name]
         for name, value in result.items():
             print(f"{name:18} {value:8.4f}")
-        if self.config.dataset in PAPER:
+        as_the_paper = self.config.tasks == PRESETS[self.config.dataset]["tasks"]
+        if self.config.dataset in PAPER and as_the_paper:
             print(f"the paper's Avg / Last: {PAPER[self.config.dataset]}")
         parameters = sum(p.numel() for p in learner.lora) + learner.head.weight.numel()
         result |= dict(accuracy=self.accuracies(), epochs=[e["epochs"] for e in tasks], trainable_parameters=parameters)

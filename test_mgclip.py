@@ -1,6 +1,7 @@
 """Claims about MG-CLIP, on tiny models and made-up data: `pytest -q`. Its speed: `python test_mgclip.py`."""
 
 import argparse
+import copy
 import functools
 import io
 import itertools
@@ -498,13 +499,13 @@ def test_a_loop_of_ones_own_gives_the_runs_accuracies(workplace, saved_in_the_mi
     assert accuracy == expected[-1]["accuracy"] and learner.names == list(NAMES)
 
 
-def test_a_state_is_not_changed_by_what_is_learned_later(task):
-    _, _, images, labels, _ = task
+def test_a_state_is_not_changed_by_what_is_learned_later():
+    _, _, images, labels, _ = golden_inputs()
     learner = MGCLIP(made_up_clip(), epochs=1, lr=0.01)
     learner.learn(images[:16], labels[:16], NAMES[:2])
     state, first = learner.state(), learner.scores(learner.features(images), learner.texts())[0]
     for _ in range(2):
-        learner.learn(images[16:], labels[16:] - 2, NAMES[2:3])
+        learner.learn(images[16:32], labels[16:32] - 2, NAMES[2:4])
         learner.load(state)
         assert torch.equal(learner.scores(learner.features(images), learner.texts())[0], first)
 
@@ -1104,9 +1105,12 @@ def test_an_added_folder_that_fails_leaves_no_trace(workplace, capsys):
     for folder, words in (("day", "owl/0.png"), ("images", "apple"), ("nowhere", "nowhere")):
         refused(capsys, f"--resume run --add {folder}", words)
         assert contents("run") == before
+    day("other", "ant", "bee")
+    both = "--resume run --add other day"
+    refused(capsys, both, "owl/0.png")
+    assert json.loads(Path("run/config.json").read_text())["add"] == [os.path.abspath("other")]
     paint(Path("day/train/owl/0.png"))
-    day("other", "crow", "owl")
-    assert main("--resume run --add other".split()) == 0 and len(events("run", "task")) == 4
+    assert main(both.split()) == 0 and [e["classes_seen"] for e in events("run", "task")] == [2, 4, 6, 8, 10]
 
 
 def test_plot_draws_what_there_is(workplace, capsys):
@@ -1173,6 +1177,22 @@ def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
         assert (x - inputs[attn]).square().sum() <= 0.011 * inputs[attn].square().sum()
         for A, B in ((attn.A_k, attn.B_k), (attn.A_v, attn.B_v)):
             assert (x @ A.T @ B.T).norm() < 1e-4 < B.norm()
+
+
+def test_null_space_goes_back_and_is_copied():
+    _, _, images, labels, _ = golden_inputs()
+    first = images[:16], labels[:16], NAMES[:2]
+    second = images[24:40], labels[24:40] - 3, NAMES[3:5]
+    learner = mgclip.NullSpaceMGCLIP(made_up_clip(), epochs=2, lr=0.01, batch_size=8)
+    state = learner.state()
+    learner.learn(*first)
+    learner.learn(*second)
+    expected = learner.features(images)
+    learner.load(state)
+    learner.learn(*first)
+    for each in (copy.deepcopy(learner), learner):
+        each.learn(*second)
+        assert torch.equal(each.features(images), expected)
 
 
 @pytest.mark.parametrize("more", ["--head ridge", "--null-space 0.1 --head ridge --max-epochs 2 --alpha 0.9 --bf16"])
