@@ -898,7 +898,8 @@ def forked(command, err=os.devnull, folder=".", closed=(), unbuffered=False, **e
 
     def work():
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(err, "w", buffering=1)
-        sys.stdout.reconfigure(write_through=unbuffered)
+        if unbuffered:
+            sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True)
         for number, name in closed:
             os.close(number)
             setattr(sys, name, None)  # as Python has it that starts so
@@ -938,6 +939,7 @@ def test_a_run_that_is_killed_or_fills_the_disk_resumes_to_the_same_metrics(work
         assert (torch.load(saved, weights_only=True)["task"] if saved.exists() else 0) == tasks, out
     said = Path("full.err").read_text()
     assert said.count("\n") == 1 and "--resume full" in said and "full/checkpoint.pt" in said
+    assert not list(Path("full").glob("*.part"))
     assert ended(*(forked(f"--resume {out}") for out, *_ in moments)) == [0] * 4
     for out, *_ in moments:
         assert events(out) == events("whole") and learned(out) == learned("whole"), out
