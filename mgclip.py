@@ -21,9 +21,10 @@ So train only for as long as the gap stays (lines 1-7), and regain the lost plas
     11      A_t <- accuracy over all classes seen so far
     12  report Avg = mean(A_1..A_T), Last = A_T
 
-A `# line n` below marks the statement that is line n: 6 and 12 in `run`, 11 in `evaluate`, the others in `MGCLIP` and
-what it calls. Eq. 1 and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in `fused_scores`, 6 in `subspace_distance`. Parts: 1-6 the method,
-7 baselines and analyses, 8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes, 13 command line.
+A `# line n` below marks the statement that is line n: 6 and 12 in `run`, 10 and 11 in `evaluate`, 1-9 in `MGCLIP` and
+what it calls. Eq. 1 and 2 are in `similarity_gap`, 3 in `find_epochs`, 5 in `fused_scores`, 6 in `subspace_distance`.
+Parts: 1-6 the method, 7 baselines and analyses, 8 beyond the paper, 9 data, 10 results, 11 demo, 12 several processes,
+13 command line.
 
     python mgclip.py                                            a demo that downloads nothing: patterns, a tiny CLIP
     python mgclip.py --dataset cifar100 --alpha 0.1 --beta 4    the paper's CIFAR-100 with OpenAI's ViT-B/16
@@ -187,8 +188,8 @@ def accumulate_gradients(model, lora, images, labels, tokens, batch, extra_loss=
 
     The texts are encoded once, the images a chunk at a time: the chunks' gradients add up to those of the batch.
     """
-    texts = encode_texts(model, tokens)  # (K, D), of the task's K classes: older ones are masked, so are left out
-    leaf = texts.detach().requires_grad_()  # its .grad adds up over the chunks, then goes through the text encoder
+    texts = encode_texts(model, tokens)  # (K, D), of the task's classes alone: masked ones need no text
+    leaf = texts.detach().requires_grad_()  # its .grad adds up over the chunks, for one pass back through the texts
     for p in (leaf, *lora):
         p.grad = torch.zeros_like(p)
     total = torch.zeros((), device=leaf.device)
@@ -357,8 +358,8 @@ def fit_head(head, features, labels, epochs=3, lr=5e-4, batch_size=64, generator
 def fused_scores(text_logits, visual_cosines, beta=4.0):
     """f_clip(x, t) + beta * softmax(W_v x) (Eq. 5): text_logits (N, K), 100 * cos; visual_cosines (N, K) -> (N, K).
 
-    f_clip takes the softmax twice (authors' code), so that both terms are softmaxes of numbers in [-1, 1] and weigh
-    about alike. Against a single one the head's softmax, nearly flat over K classes, would hardly count.
+    f_clip takes the softmax twice (authors' code), so that both terms are softmaxes of numbers in [-1, 1] and vary
+    alike. Against a single one the head's softmax, nearly flat over K classes, would hardly count.
     """
     return text_logits.softmax(-1).softmax(-1) + beta * visual_cosines.softmax(-1)
 
@@ -404,13 +405,17 @@ class MGCLIP:
     def learn(self, images, labels, names):
         """Learn a task. images: uint8 (N, 3, H, W); labels (N,): int, indices into names, those of its k new classes.
 
-        Returns the history of the search, empty where E was known. Raises ValueError if a class has no image or no
-        prompt that the model can read.
+        Returns the history of the search, empty where E was known. Raises ValueError if images and labels do not fit,
+        a class has no image or no prompt that the model can read, or E cannot be found on this task; FloatingPointError
+        if a loss or a feature is not finite.
         """
+        rank, ranks = process()
+        if len(images) != len(labels[rank::ranks]):
+            raise ValueError(f"{len(images)} images, but {len(labels)} labels")
         if labels.unique().tolist() != list(range(len(names))):
             raise ValueError(f"labels: each of the {len(names)} classes needs an image, and they count from 0")
         history = self.preserve(images, labels, self.prompts(names))  # lines 2-5 and 7
-        features = self.features(images)  # (N, D), once: from here on f is frozen (line 8)
+        features = self.features(images)  # (N, D), once: until the next task f is frozen (line 8)
         self.head.learn(features, labels, generator=self.head_generator, **self.head_options)  # lines 8, 9
         self.names += [str(name) for name in names]
         return history
@@ -463,7 +468,8 @@ class MGCLIP:
         """All that was learned, without CLIP's own weights, for `load`: it loads with `weights_only=True`."""
         lora = [p.detach().cpu().clone() for p in self.lora]
         generators = [self.generator.get_state(), self.head_generator.get_state()]
-        return dict(E=self.E, names=list(self.names), lora=lora, head=dict(vars(self.head)), generators=generators)
+        head = dict(vars(self.head), weight=self.head.weight.cpu())
+        return dict(E=self.E, names=list(self.names), lora=lora, head=head, generators=generators)
 
     def load(self, state):
         """Go on where `state` was taken: by a learner of the same options, on the same CLIP."""
@@ -484,7 +490,7 @@ def evaluate(learner, tests):
     counted alike (authors' code); per_task, Eq. 5's on each task; and what `analyse` says of all images.
     """
     texts = learner.texts()  # (K, D), once for all images
-    features, right = [], []  # of every task (N, D), and bool (3, N): named right by Eq. 5, text half, visual half
+    features, right = [], []  # of every task (N, D), and (3, N): 1 where Eq. 5, text half, visual half name right
     for images, labels in tests:
         x = learner.features(images)  # (N, D)
         scores = learner.scores(x, texts)  # line 10

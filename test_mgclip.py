@@ -345,9 +345,9 @@ def test_a_task_of_one_class_teaches_the_head_alone(task):
     assert same(learner.lora, before) and len(learner.head.weight) == 3 == len(learner.names)
 
 
-@pytest.mark.parametrize("labels, words", [([0, 0, 2], "labels"), ([1, 2, 3], "labels"), ([0, 0, 0], "labels")])
-def test_a_class_without_images_is_refused(labels, words):
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("labels", [[0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1]], ids=str)
+def test_labels_that_do_not_fit_are_refused(labels):
+    with pytest.raises(ValueError, match="labels"):
         MGCLIP(made_up_clip(), epochs=1).learn(golden_inputs()[2][:3], torch.tensor(labels), ["ant", "bee", "cat"])
 
 
