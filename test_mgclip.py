@@ -920,18 +920,19 @@ def ended(*processes):
 
 
 def test_a_run_that_is_killed_or_fills_the_disk_resumes_to_the_same_metrics(workplace, monkeypatch):
-    killed, save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL), torch.save
+    killed, save, replace = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL), torch.save, os.replace
+    second = lambda part, path: killed() if path.name == "checkpoint.pt" and path.exists() else replace(part, path)
     full = lambda *args: [resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)), save(*args)]  # as a full disk
-    moments = (  # the call that is the last, the exit status, and the tasks finished by then
-        ("search", mgclip, "measure_gap", 2, killed, -signal.SIGKILL, 0),
-        ("training", torch.optim.Adam, "step", 18, killed, -signal.SIGKILL, 1),
-        ("saving", os, "replace", 5, killed, -signal.SIGKILL, 1),  # the checkpoint of task 2 is not in its place yet
-        ("full", torch, "save", 2, full, 2, 1),
+    moments = (  # what happens instead of a function, the exit status, and the tasks finished by then
+        ("search", mgclip, "measure_gap", at_call(2, mgclip.measure_gap, killed), -signal.SIGKILL, 0),
+        ("training", torch.optim.Adam, "step", at_call(18, torch.optim.Adam.step, killed), -signal.SIGKILL, 1),
+        ("saving", os, "replace", second, -signal.SIGKILL, 1),  # the second checkpoint is not in its place yet
+        ("full", torch, "save", at_call(2, save, full), 2, 1),
     )
     processes = []
-    for out, owner, name, n, instead, *_ in moments:
+    for out, owner, name, instead, *_ in moments:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, at_call(n, getattr(owner, name), instead))
+            patch.setattr(owner, name, instead)
             processes.append(forked(f"{LONG} --out {out}", f"{out}.err"))
     assert ended(*processes) == [status for *_, status, _ in moments]
     for out, *_, tasks in moments:
@@ -1112,7 +1113,11 @@ def test_an_added_folder_that_fails_leaves_no_trace(workplace, capsys):
     refused(capsys, both, "owl/0.png")
     assert json.loads(Path("run/config.json").read_text())["add"] == [os.path.abspath("other")]
     paint(Path("day/train/owl/0.png"))
+    config = Path("run/config.json").read_text()
     assert main(both.split()) == 0 and [e["classes_seen"] for e in events("run", "task")] == [2, 4, 6, 8, 10]
+    Path("run/config.json").write_text(config)  # as a kill leaves it between checkpoint.pt and config.json
+    refused(capsys, "--resume run", "--add again")
+    assert main(both.split()) == 0 == main("--resume run".split())
 
 
 def test_plot_draws_what_there_is(workplace, capsys):
