@@ -1656,7 +1656,8 @@ def start(config):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         UNDER_TORCHRUN = True
         if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            with naming("--device cuda: every process needs a GPU of its own"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # a download may be waited for
     if config.dataset == "patterns":
@@ -1710,8 +1711,9 @@ def main(argv=None):
         elif "memory" in str(error):
             message, status = f"error: {error!s:.300}", 2
         else:
-            sys.stderr = stderr  # whichever process it is
             raise
+    finally:
+        sys.stderr = stderr  # an error that nobody foresaw is seen, whichever process it is
     if config.out and not config.predict and Path(config.out, "checkpoint.pt").exists():
         message += f"; to go on: python mgclip.py --resume {shlex.quote(config.out)}"
     time.sleep(rank)  # torchrun ends the others as soon as one has said what is wrong

@@ -1169,7 +1169,10 @@ def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
     def keep(attn, arguments):
         inputs.setdefault(attn, arguments[1].detach().flatten(0, 1))
 
+    old = copied(attn.A_k for attn in learner.attns)
     learner.begin_task()
+    for A, attn, P in zip(old, learner.attns, learner.P):
+        assert not torch.allclose(attn.A_k, A @ P, atol=1e-2)  # a fresh LoRA
     torch.testing.assert_close(learner.features(images), before, atol=1e-5, rtol=1e-4)  # folded into the weights
     hooks = [attn.register_forward_pre_hook(keep) for attn in learner.attns]
     extract_features(model, images[:24])
