@@ -1330,12 +1330,12 @@ def plot_search(axes, events):
 
 def plot(folders):
     """--plot: draw runs into plot.png, a column each, and print the mean and deviation of their Avg and Last."""
+    runs = [read_events(folder) for folder in folders]
     with naming("--plot needs matplotlib: pip install matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
 
     style.use("tableau-colorblind10")
-    runs = [read_events(folder) for folder in folders]
     figure = Figure(figsize=(6 * len(runs), 8), dpi=110, layout="constrained")
     grid = figure.subplots(2, len(runs), squeeze=False)
     for (top, bottom), folder, events in zip(grid.T, folders, runs):

@@ -1,7 +1,6 @@
 """Claims about MG-CLIP, on tiny models and made-up data: `pytest -q`. Its speed: `python test_mgclip.py`."""
 
 import argparse
-import copy
 import functools
 import io
 import itertools
@@ -1189,7 +1188,7 @@ def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
             assert (x @ A.T @ B.T).norm() < 1e-4 < B.norm()
 
 
-def test_null_space_goes_back_and_is_copied():
+def test_null_space_goes_back_to_a_state():
     _, _, images, labels, _ = golden_inputs()
     first = images[:16], labels[:16], NAMES[:2]
     second = images[24:40], labels[24:40] - 3, NAMES[3:5]
@@ -1200,9 +1199,8 @@ def test_null_space_goes_back_and_is_copied():
     expected = learner.features(images)
     learner.load(state)
     learner.learn(*first)
-    for each in (copy.deepcopy(learner), learner):
-        each.learn(*second)
-        assert torch.equal(each.features(images), expected)
+    learner.learn(*second)
+    assert torch.equal(learner.features(images), expected)
 
 
 @pytest.mark.parametrize("more", ["--head ridge", "--null-space 0.1 --head ridge --max-epochs 2 --alpha 0.9 --bf16"])
