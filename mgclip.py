@@ -1104,7 +1104,7 @@ class Log:
             if self.writes:
                 self.write_config()
             return 0
-        load_checkpoint(saved, learner, self.config.model)
+        load_checkpoint(saved, learner, self.config.model, self.model_sha256)
         for then, now in zip(learner.names, self.names):
             if then != now:
                 raise ValueError(f"the run learned the class '{then}', where the data now has '{now}'")
@@ -1144,14 +1144,15 @@ class Log:
             print(ROWS[event].format(**values), flush=True)
 
     def write_metrics(self):
-        lines = [json.dumps(event, allow_nan=False) + "\n" for event in self.events]
+        events = self.events[-1:] if self.written else self.events
+        lines = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
         path = self.folder / "metrics.jsonl"
         if self.written:
             with naming(f"{path}: cannot be written"), open(path, "a") as file:
-                file.write(lines[-1])
+                file.write(lines)
         else:  # until now the run is as it was before --resume
             with replacing(path) as file:
-                file.write("".join(lines).encode())
+                file.write(lines.encode())
             self.write_config()
         self.written = True
 
@@ -1254,12 +1255,13 @@ def read_checkpoint(folder):
         return read_tensors(path)
 
 
-def load_checkpoint(saved, learner, model):
-    """Bring a learner, not trained yet, to where a checkpoint was saved. model: its name, for the message."""
+def load_checkpoint(saved, learner, model, sha256):
+    """Bring a learner to where a checkpoint was saved. model: its name, for the message; sha256: of its weights."""
     with naming("checkpoint.pt: is not of these options or of this version of mgclip"):
-        same = saved["model_sha256"] == model_sha256(learner.model)
-        learner.load(saved["learner"])
-    if not same:
+        same_weights = saved["model_sha256"] == sha256
+        if same_weights:
+            learner.load(saved["learner"])
+    if not same_weights:
         raise ValueError(f"--model {model}: not the weights that the run began with")
 
 
@@ -1272,7 +1274,7 @@ def predict(config):
     saved = read_checkpoint(config.out)
     if saved is None:
         raise ValueError(f"--resume {config.out}: no checkpoint yet")
-    load_checkpoint(saved, learner, config.model)
+    load_checkpoint(saved, learner, config.model, model_sha256(learner.model))
     texts = learner.texts()
     status = 0
     print("image\trank\tclass\tfused\ttext\tvisual")

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import resource
