@@ -50,9 +50,7 @@ TASKS = [
         pred=[0, 0, 1, 2, 2, 2, 0], text_pred=[0, 2, 2, 2, 2, 2, 2],
         image_feature=[-0.089246, -0.005241, -0.149934, 0.030076, -0.173014, 0.172288],
         text_feature=[-0.099303, 0.213690, -0.012346, -0.009827, -0.133944, 0.092457],
-        head_weight=[
-            [-0.004818, -0.075453, -0.019899], [-0.103264, -0.073039, 0.028982], [0.015638, 0.135655, -0.238356],
-        ],
+        new_rows=[[-0.004818, -0.075453, -0.019899], [-0.103264, -0.073039, 0.028982], [0.015638, 0.135655, -0.238356]],
     ),
     dict(
         pos_neg=[[0.103905, 0.091144], [0.096750, 0.084189], [0.091229, 0.077715], [0.089690, 0.075733]],
@@ -65,10 +63,7 @@ TASKS = [
         pred=[0, 0, 5, 2, 3, 4, 5], text_pred=[5, 4, 5, 4, 4, 4, 5],
         image_feature=[-0.096904, -0.005823, -0.149683, 0.035602, -0.165402, 0.174020],
         text_feature=[-0.101364, 0.215576, -0.014770, -0.019719, -0.119590, 0.076283],
-        head_weight=[
-            [-0.004818, -0.075453, -0.019899], [-0.103264, -0.073039, 0.028982], [0.015638, 0.135655, -0.238356],
-            [-0.207922, -0.094444, -0.033498], [0.027705, -0.095560, 0.014465], [-0.122553, 0.085614, 0.018341],
-        ],
+        new_rows=[[-0.207922, -0.094444, -0.033498], [0.027705, -0.095560, 0.014465], [-0.122553, 0.085614, 0.018341]],
     ),
 ]  # fmt: skip
 NAMES = ("apple", "bicycle", "castle", "dolphin", "elephant", "forest")
@@ -78,20 +73,17 @@ NAMES = ("apple", "bicycle", "castle", "dolphin", "elephant", "forest")
 def made_up_weights(seed):
     """Weights for a CLIP of 2-layer, width-64 towers for 32 x 32 pixels, drawn with NumPy by order of name."""
     state, rs = clip.model.CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).state_dict(), np.random.RandomState(seed)
-    for name in sorted(state):
-        shape = state[name].shape
-        if name == "logit_scale":
-            weight = math.log(100)
-        elif "ln_" in name and name.endswith("weight"):
-            weight = 1 + 0.1 * rs.standard_normal(shape)
+    for name in sorted(state.keys() - {"logit_scale"}):
+        shape, mean = state[name].shape, 0
+        scale = shape[-1] ** -0.5 if len(shape) >= 2 else 0.05
+        if "ln_" in name and name.endswith("weight"):
+            scale, mean = 0.1, 1
         elif name.endswith("bias"):
-            weight = 0.02 * rs.standard_normal(shape)
+            scale = 0.02
         elif "embedding" in name:
-            weight = 0.05 * rs.standard_normal(shape)
-        else:
-            weight = rs.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) >= 2 else 0.05)
-        state[name] = torch.tensor(weight, dtype=torch.float32)
-    return state
+            scale = 0.05
+        state[name] = torch.tensor(mean + scale * rs.standard_normal(shape), dtype=torch.float32)
+    return state | {"logit_scale": torch.tensor(math.log(100))}
 
 
 def made_up_clip(seed=0):
@@ -114,6 +106,10 @@ def golden_inputs():
     labels = np.repeat(np.arange(6), 8)
     images = np.clip(proto[labels] + rs.randint(-60, 61, (48, 3, 32, 32)), 0, 255).astype(np.uint8)
     return model, lora, torch.from_numpy(images), torch.from_numpy(labels), tokens_of(NAMES)
+
+
+def golden_images():
+    return golden_inputs()[2][:3]
 
 
 def first_task():
@@ -182,7 +178,8 @@ def test_a_learner_agrees_with_the_authors():
     for t, golden in enumerate(TASKS):
         own = slice(24 * t, 24 * t + 24)
         learner.learn(images[own], labels[own] - 3 * t, NAMES[3 * t : 3 * t + 3])
-        close(F.normalize(learner.head.weight)[:, :3], golden["head_weight"])
+        rows = [row for task in TASKS[: t + 1] for row in task["new_rows"]]  # older ones stay as they are
+        close(F.normalize(learner.head.weight)[:, :3], rows)
         fused, text_logits, _ = learner.scores(learner.features(images[::7]), learner.texts())
         close(fused[:3], golden["fused"])
         assert learner.predict(images[::7]).tolist() == golden["pred"]
@@ -202,20 +199,15 @@ def test_only_keys_and_values_change():
     finetune(model, lora, images, labels, tokens, epochs=2, lr=0.01)
     assert same(clips_own, state) and all(B.any() for B in lora[1::2])
     assert not torch.allclose(features()[0], before[0], atol=1e-3)
+    for again, words in ((model, "a LoRA already"), (made_up_clip().half(), "float32")):
+        with pytest.raises(ValueError, match=words):
+            add_lora(again)
 
 
 def test_vit_b16_trains_the_papers_number_of_parameters():
     with torch.device("meta"):  # sizes without numbers
         lora = add_lora(clip.model.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12), rank=8)
     assert sum(p.numel() for p in lora) == 491_520
-
-
-@pytest.mark.parametrize("spoil, words", [(lambda m: m.half(), "float32"), (add_lora, "a LoRA already")])
-def test_a_lora_is_added_once_and_in_float32(spoil, words):
-    model = made_up_clip()
-    spoil(model)
-    with pytest.raises(ValueError, match=words):
-        add_lora(model)
 
 
 def test_search_leaves_lora_and_generators_as_they_were(task):
@@ -236,20 +228,6 @@ def test_gap_is_measured_in_float32_where_training_is_in_bf16(task):
     assert losses == pytest.approx(TASKS[0]["loss"], rel=0.05) and losses != pytest.approx(TASKS[0]["loss"], abs=1e-4)
 
 
-def test_a_learner_trains_in_float32_unless_bf16_is_asked_for(task):
-    _, _, images, labels, _ = task
-    learned = []
-    for options in (dict(), dict(bf16=True)):
-        learner = MGCLIP(made_up_clip(), epochs=1, seed=1, **options)
-        learner.learn(images, labels, NAMES[:3])
-        learned.append(learner.features(images))
-    plain = made_up_clip()
-    torch.manual_seed(1)
-    lora = add_lora(plain)
-    finetune(plain, lora, images, labels, tokens_of(NAMES[:3]), 1, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(learned[0], extract_features(plain, images)) and not torch.allclose(*learned, atol=1e-4)
-
-
 @pytest.mark.parametrize("github", [False, True])
 def test_features_and_gradients_are_those_of_clips_own_encoders(monkeypatch, github):
     """Of all 77 tokens and all of the last image block, where ours stop at the longest prompt and the class token."""
@@ -266,7 +244,7 @@ def test_features_and_gradients_are_those_of_clips_own_encoders(monkeypatch, git
     for block in (model.transformer.resblocks[-1], model.visual.transformer.resblocks[-1]):
         block.mlp.register_forward_hook(lambda mlp, inputs, y: seen.append(y.shape[0]))
     x, texts = encode_images(model, images), encode_texts(model, tokens)
-    assert sorted(seen) == [1, 8]  # tokens: the class token; start, "a good photo of a {}.", end, but no padding
+    assert sorted(seen) == [1, 9]  # tokens: the class token; start, "a good photo of a {}.", end, but no padding
     x_0, texts_0 = encode_images(plain, images), plain_texts(plain, tokens)  # `encode_images` is CLIP's own encoder
     torch.testing.assert_close((x, texts), (x_0, texts_0))
     gradients = [torch.autograd.grad((100 * a @ b.T).logsumexp(1).sum(), p)
@@ -339,22 +317,16 @@ def test_schedules_fall_by_epoch_and_by_batch_to_a_hundredth(task, monkeypatch):
     assert rates[4:] == pytest.approx([5e-4 * part for part in fall(9)])  # the head's
 
 
-def test_eq_6_is_a_mean_of_norms():
+def test_the_analyses_by_their_definitions():
     e, angle = torch.eye(4), math.radians(30)
     turned = (math.cos(angle) * e[0] + math.sin(angle) * e[2])[:, None]
     both = torch.cat([turned, e[:, 1:2]], 1)  # e_0 lies 0.5 outside, e_1 not at all: mean 0.25, root mean square 0.35
     assert mgclip.subspace_distance(e[:, :2], both) == pytest.approx(0.25, abs=1e-6)
     assert mgclip.subspace_distance(e[:, :2], e[:, 2:]) == 1 and mgclip.subspace_distance(e[:, :2], e) == 0
-
-
-def test_distances_are_given_where_they_say_something():
     x, labels, texts = torch.randn(40, 8), torch.arange(40) % 8, torch.randn(8, 8)
     assert set(mgclip.analyse(x, labels, texts, texts)) == {"pos", "neg"}  # eight classes fill eight dimensions
     assert "d(B_i, B_t+vc)" not in mgclip.analyse(x, labels % 5, texts[:5], texts[:5])  # nor do twice five
     assert mgclip.analyse(x, labels % 3, texts[:3], texts[:3])["d(B_i, B_t+vc)"] > 0.1
-
-
-def test_forgetting_and_backward_transfer_by_their_definitions():
     assert mgclip.forgetting([[90.0], [80.0, 70.0], [85.0, 60.0, 50.0]]) == ((5 + 10) / 2, (-5 - 10) / 2)
     assert mgclip.forgetting([[50.0], [70.0, 9.0], [60.0, 9.0, 9.0]]) == (5, 5)  # the best is not the first
     assert mgclip.forgetting([[50.0]]) == (0, 0)
@@ -369,43 +341,15 @@ def test_a_task_of_one_class_teaches_the_head_alone(task):
     assert same(learner.lora, before) and len(learner.head.weight) == 3 == len(learner.names)
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1]], ids=str)
-def test_labels_that_do_not_fit_are_refused(labels):
-    with pytest.raises(ValueError, match="labels"):
-        MGCLIP(made_up_clip(), epochs=1).learn(golden_inputs()[2][:3], torch.tensor(labels), ["ant", "bee", "cat"])
-
-
-def test_features_that_are_not_finite_are_refused(task):
-    task[1][1].data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="learning rate"):
-        mgclip.measure_gap(task[0], *task[2:])
-
-
-@pytest.mark.parametrize("images", [torch.rand(3, 3, 32, 32), np.zeros((3, 3, 32, 32), np.uint8)], ids=["float", "NumPy"])
-@pytest.mark.parametrize("work", [lambda l, x: l.learn(x, [0, 1, 2], NAMES[:3]), lambda l, x: l.predict(x)], ids=["learn", "predict"])
+@pytest.mark.parametrize("images, labels, words", [
+    *((golden_images, labels, "labels") for labels in ([0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1])),
+    (lambda: torch.rand(3, 3, 32, 32), [0, 1, 2], "must be a uint8 tensor, not .*float32"),
+    (lambda: np.zeros((3, 3, 32, 32), np.uint8), [0, 1, 2], "must be a uint8 tensor, not .*ndarray"),
+])  # fmt: skip
 @pytest.mark.parametrize("epochs", [None, 1])
-def test_images_that_are_no_tensor_of_bytes_are_refused(images, work, epochs):
-    with pytest.raises(ValueError, match="images must be a uint8 tensor"):
-        work(MGCLIP(made_up_clip(), epochs=epochs), images)
-
-
-def test_parts_1_to_6_and_12_pasted_alone_learn_and_predict(tmp_path):
-    parts = Path(mgclip.__file__).read_text("utf-8").split("\n# 7 ")[0].split("\n# 1 ")[1].split("\ndef evaluate(")[0]
-    parts += Path(mgclip.__file__).read_text("utf-8").split("\n# 12 ")[1].split("\n# 13 ")[0].partition("\n")[2]
-    pasted = {}
-    exec(IMPORTS_OF_A_PASTE + "# " + parts, pasted)
-    _, _, images, labels, _ = golden_inputs()
-    options = dict(max_epochs=2, alpha=0.5, lr=0.01, batch_size=7)
-    theirs, ours = pasted["MGCLIP"](made_up_clip(), **options), MGCLIP(made_up_clip(), **options)
-    for t in (0, 1):
-        own = slice(24 * t, 24 * t + 24)
-        histories = [learner.learn(images[own], labels[own] - 3 * t, NAMES[3 * t : 3 * t + 3]) for learner in (theirs, ours)]
-        assert histories[0] == histories[1]
-        torch.save(theirs.state(), tmp_path / "state.pt")
-        theirs = pasted["MGCLIP"](made_up_clip(), **options)
-        theirs.load(torch.load(tmp_path / "state.pt", weights_only=True))
-    scores = [learner.scores(learner.features(images), learner.texts()) for learner in (theirs, ours)]
-    assert same(*scores) and theirs.predict(images).tolist() == scores[1][0].argmax(1).tolist()
+def test_images_and_labels_that_do_not_fit_are_refused(images, labels, words, epochs):
+    with pytest.raises(ValueError, match=words):
+        MGCLIP(made_up_clip(), epochs=epochs).learn(images(), torch.tensor(labels), ["ant", "bee", "cat"])
 
 
 IMPORTS_OF_A_PASTE = """
@@ -420,29 +364,51 @@ from tqdm import tqdm
 """
 
 
-def learners_of_all_kinds():
-    ridge = lambda: MGCLIP(made_up_clip(), epochs=1, lr=0.01, batch_size=8, head=mgclip.RidgeHead(64, width=99))
-    null_space = lambda: mgclip.NullSpaceMGCLIP(made_up_clip(), rho=0.05, epochs=1, lr=0.01, batch_size=8)
-    return [lambda: MGCLIP(made_up_clip(), max_epochs=2, lr=0.01, batch_size=8), ridge, null_space]
+def test_parts_1_to_6_and_12_pasted_alone_learn_and_predict(tmp_path):
+    source = Path(mgclip.__file__).read_text("utf-8")
+    method = source.partition("\n# 1 ")[2].partition("\ndef evaluate(")[0]
+    processes = source.partition("\n# 12 ")[2].partition("\n# 13 ")[0]
+    pasted = {}
+    exec(f"{IMPORTS_OF_A_PASTE}\n# 1 {method}\n# 12 {processes}", pasted)
+    _, _, images, labels, _ = golden_inputs()
+    new = lambda which: which["MGCLIP"](made_up_clip(), max_epochs=2, alpha=0.5, lr=0.01, batch_size=7)
+    theirs, ours = new(pasted), new(vars(mgclip))
+    for t in (0, 1):
+        task = images[24 * t :][:24], labels[:24], NAMES[3 * t :][:3]
+        assert theirs.learn(*task) == ours.learn(*task)
+        torch.save(theirs.state(), tmp_path / "state.pt")
+        theirs = new(pasted)
+        theirs.load(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(scored(theirs, images), scored(ours, images)) and torch.equal(theirs.predict(images), ours.predict(images))
 
 
-@pytest.mark.parametrize("new", learners_of_all_kinds(), ids=["MG-CLIP", "ridge", "null space"])
+def scored(learner, images):
+    return learner.scores(learner.features(images), learner.texts())
+
+
+OPTIONS = dict(lr=0.01, batch_size=8)
+
+
+@pytest.mark.parametrize("new", [
+    lambda: MGCLIP(made_up_clip(), max_epochs=2, **OPTIONS),
+    lambda: MGCLIP(made_up_clip(), epochs=1, head=mgclip.RidgeHead(64, width=99), **OPTIONS),
+    lambda: mgclip.NullSpaceMGCLIP(made_up_clip(), rho=0.05, epochs=1, **OPTIONS),
+], ids=["MG-CLIP", "ridge", "null space"])  # fmt: skip
 def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path):
     _, _, images, labels, _ = golden_inputs()
-    scores = lambda learner: learner.scores(learner.features(images), learner.texts())
     learner = new()
     learner.learn(images[:24], labels[:24].numpy(), np.array(NAMES[:3]))
-    first, state = scores(learner), learner.state()
+    first, state = scored(learner, images), learner.state()
     torch.save(state, tmp_path / "learner.pt")
     second = images[24:40], labels[24:40] - 3, np.array(NAMES[3:5])
     learner.learn(*second)
-    expected = scores(learner)
-    other = new()
-    for which, saved in ((learner, state), (other, torch.load(tmp_path / "learner.pt", weights_only=True)), (learner, state)):
-        which.load(saved)
-        assert same(scores(which), first) and which.names == list(NAMES[:3])
+    expected = scored(learner, images)
+    saved = torch.load(tmp_path / "learner.pt", weights_only=True)
+    for which, state in ((learner, state), (new(), saved), (learner, state)):  # in place, elsewhere, once more
+        which.load(state)
+        assert same(scored(which, images), first) and which.names == list(NAMES[:3])
         which.learn(*second)
-        assert same(scores(which), expected) and which.names == list(NAMES[:5])
+        assert same(scored(which, images), expected) and which.names == list(NAMES[:5])
 
 
 def in_a_group(rank, folder):
@@ -503,7 +469,7 @@ def template(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert main(f"{LONG} --out whole".split()) == 0
-        assert main(f"{FOLDER} --lr 0.01 --max-epochs 2 --alpha 0.5 --out plain".split()) == 0
+        assert main(f"{FOLDER} --lr 0.01 --epochs 1 --out plain".split()) == 0
         patch.setattr(mgclip, "evaluate", at_call(2, mgclip.evaluate, Mock(side_effect=KeyboardInterrupt)))
         assert main(f"{LONG} --out cut".split()) == 130
     return root
@@ -552,29 +518,26 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("option", [
-    "--rank 2", "--lr 0.02", "--batch-size 4", "--epochs 1", "--head-epochs 1", "--head-lr 0.05", "--head-batch-size 4",
+    "--rank 2", "--lr 0.02", "--batch-size 4", "--epochs 2", "--head-epochs 1", "--head-lr 0.05", "--head-batch-size 4",
     "--beta 0.5", "--align 1", "--distill 1", "--seed 1", "--class-order 5", "--template {}", "--gelu", "--bf16",
     "--head ridge", "--null-space 0.1", "--tasks 2", "--epochs each",
 ])  # fmt: skip
 def test_every_option_matters(workplace, option):
-    ran(f"{FOLDER} --lr 0.01 --max-epochs 2 --alpha 0.5 {option}")
+    ran(f"{FOLDER} --lr 0.01 --epochs 1 --max-epochs 2 --alpha 0.5 {option}")
     assert learned("run") != learned("plain") or events("run") != events("plain")
 
 
 def test_a_t_counts_every_image_alike():
     _, _, images, labels, _ = golden_inputs()
     learner = MGCLIP(made_up_clip(), epochs=0, head_epochs=0)
-    learner.learn(images[:24], labels[:24], NAMES[:3])
-    learner.learn(images[24:], labels[24:] - 3, NAMES[3:])
-    tests = [(images[:7], labels[:7]), (images[20:], labels[20:].flip(0))]
-    result = mgclip.evaluate(learner, tests)
-    truth = torch.cat([labels for _, labels in tests])
-    scores = learner.scores(learner.features(torch.cat([images for images, _ in tests])), learner.texts())
-    for name, part in zip(("accuracy", "text_accuracy", "visual_accuracy"), scores):
-        right = (part.argmax(1) == truth).double()
-        assert result[name] == pytest.approx(100 * right.mean().item())
-    right = (scores[0].argmax(1) == truth).double()
-    assert result["per_task"] == pytest.approx([100 * right[:7].mean().item(), 100 * right[7:].mean().item()])
+    learner.learn(images, labels, NAMES)
+    result = mgclip.evaluate(learner, [(images[:7], labels[:7]), (images[20:], labels[20:].flip(0))])
+    truth = torch.cat([labels[:7], labels[20:].flip(0)])
+    scores = scored(learner, torch.cat([images[:7], images[20:]]))
+    fused, text, visual = [100 * (part.argmax(1) == truth).double() for part in scores]
+    means = [part.mean().item() for part in (fused, text, visual, fused[:7], fused[7:])]
+    names = ("accuracy", "text_accuracy", "visual_accuracy")
+    assert [*(result[name] for name in names), *result["per_task"]] == pytest.approx(means)
 
 
 def test_a_loop_of_ones_own_gives_the_runs_accuracies(workplace):
@@ -589,24 +552,16 @@ def test_a_loop_of_ones_own_gives_the_runs_accuracies(workplace):
 
 
 def test_epochs_found_give_the_figures_of_epochs_given(workplace):
-    E = events("plain")[-1]["epochs"]
-    assert E == [2, 2, 2] and [e["epochs"] for e in events("plain", "epochs")] == [2]
-    ran(f"{FOLDER} --lr 0.01 --epochs 2")
-    assert events("run", "task") == events("plain", "task") and learned("run") == learned("plain")
+    assert events("whole")[-1]["epochs"] == [2, 2, 2] and [e["epochs"] for e in events("whole", "epochs")] == [2]
+    ran(f"{LONG} --epochs 2")
+    assert events("run", "task") == events("whole", "task") and learned("run") == learned("whole")
 
 
 def test_epochs_are_found_on_each_task_where_asked_for(workplace, monkeypatch):
     found = iter([3, 1, 2])
-    monkeypatch.setattr(mgclip, "find_epochs", lambda *a, **k: (next(found), find_epochs(*a, **k)[1]))
+    monkeypatch.setattr(mgclip, "find_epochs", lambda **data: (next(found), find_epochs(**data)[1]))
     ran(f"{FOLDER} --epochs each --max-epochs 1")
     assert [e["epochs"] for e in events("run", "epochs")] == [e["epochs"] for e in events("run", "task")] == [3, 1, 2]
-
-
-def test_two_heads_are_compared_on_the_same_features(workplace):
-    cosine, other = (ran(f"{FOLDER} --epochs 1 --head {head}", head) for head in ("cosine", "ridge"))
-    for name in ("text_accuracy", "pos", "neg"):
-        assert [task[name] for task in cosine[:-1]] == [task[name] for task in other[:-1]]
-    assert learned("cosine")[-1] != learned("ridge")[-1]
 
 
 def test_a_run_is_two_files_and_its_options_are_the_first_line(workplace, capsys):
@@ -640,9 +595,7 @@ PERMUTED = {(s, K): np.random.RandomState(s).permutation(K)[:10].tolist() for s 
     ("imagenet-r", [1e-3, 64, 5e-4, 32, 3], [20] * 10, [150, 119, 193, 2, 75, 179, 129, 68, 145, 53]),
     ("imagenet100", [5e-4, 128, 1e-3, 128, 3], [10] * 10, PERMUTED[1993, 100]),
     ("imagenet1k", [5e-4, 80, 5e-4, 64, 2], [100] * 10, PERMUTED[1993, 1000]),
-    ("vtab", [1e-3, 128, 5e-4, 64, 3], [10] * 5, list(range(10))),
     ("folder --tasks 3", [1e-3, 128, 5e-4, 64, 3], [3, 2, 2], [0, 1, 2]),  # as even as can be
-    ("folder --tasks 2,1,1", [1e-3, 128, 5e-4, 64, 3], [2, 1, 1], [0, 1, 2]),
     ("cifar100 --tasks 4,2,94 --class-order 5 --lr 7", [7, 128, 5e-4, 64, 3], [4, 2, 94], PERMUTED[5, 100]),
 ])  # fmt: skip
 def test_presets_are_the_authors(options, row, sizes, first):
@@ -680,52 +633,35 @@ def test_vtab_has_the_authors_names_and_ends_with_the_papers_figures(workplace, 
     names, images, _ = opened("vtab", [10])
     assert (names[0], names[20], names[49], len(set(names))) == ("airplane", "Abyssinian Cat", "pink-yellow dahlia", 50)
     assert torch.equal(images[0], decoded("data/train/10/0.png"))
+    for i in range(50, 101):
+        shutil.copytree("data/val/0", f"data/val/{i}")
+    assert opened("imagenet100", [99], "test")[0] == [str(i) for i in range(100)]  # of all, the first 100
 
 
-def test_imagenet100_is_the_first_100_synsets(workplace):
-    for i in range(1000):
-        path = Path("data", "val", f"n{i:08d}", "0.png")
-        path.parent.mkdir(parents=True)
-        path.touch()
-    Path("data/classes.txt").write_text("".join(f"n{i:08d} thing {i}\n" for i in range(1000)))
-    names = mgclip.open_data("imagenet100", "data", "test", 32)[1]
-    assert (names[0], names[-1], len(names)) == ("thing 0", "thing 99", 100)
-
-
-def test_cifar100_food101_and_pets_are_read_as_torchvision_lays_them_out(workplace, monkeypatch):
-    cifar, food, pets = (Path("data", name) for name in ("cifar-100-python", "food-101", "oxford-iiit-pet"))
-    for folder in (cifar, food / "meta", pets / "annotations"):
-        folder.mkdir(parents=True)
+def test_cifar100_and_pets_are_read_as_torchvision_lays_them_out(workplace, monkeypatch):
+    for folder in ("cifar-100-python", "oxford-iiit-pet/annotations"):
+        Path("data", folder).mkdir(parents=True)
     pixels = np.random.RandomState(0).randint(0, 256, (200, 3072)).astype(np.uint8)
-    (cifar / "train").write_bytes(pickle.dumps({"data": pixels, "fine_labels": [*range(100)] * 2}))
-    (cifar / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"thing_{i:02d}" for i in range(100)]}))
+    for name, value in (
+        ("train", {"data": pixels, "fine_labels": [*range(100)] * 2}),
+        ("meta", {"fine_label_names": [f"thing_{i:02d}" for i in range(100)]}),
+    ):
+        Path("data/cifar-100-python", name).write_bytes(pickle.dumps(value))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
     names, images, labels = opened("cifar100", [7, 3], "train", 224)
     assert np.array_equal(images, pixels.reshape(-1, 3, 32, 32)[[7, 107, 3, 103]])  # not enlarged yet
     assert (names[7], labels.tolist()) == ("thing_07", [0, 0, 1, 1])
-    for i, name in enumerate(("food-101/images/apple_pie/0.jpg", "oxford-iiit-pet/images/great_dane_7.jpg")):
-        paint(Path("data", name), i)
-    (food / "meta" / "test.json").write_text('{"apple_pie": ["apple_pie/0"]}')
-    (pets / "annotations" / "test.txt").write_text("great_dane_7 1 1 1\n")
-    for dataset, name, path in (("food101", "apple pie", "apple_pie/0"), ("pets", "Great Dane", "great_dane_7")):
-        names, images, labels = opened(dataset, [0], "zeroshot")
-        assert names == [name] and torch.equal(images[0], decoded(*Path("data").rglob(f"{path}.jpg")))
+    paint(Path("data/oxford-iiit-pet/images/great_dane_7.jpg"))
+    Path("data/oxford-iiit-pet/annotations/test.txt").write_text("great_dane_7 1 1 1\n")
+    names, images, labels = opened("pets", [0], "zeroshot")
+    assert names == ["Great Dane"] and torch.equal(images[0], decoded("data/oxford-iiit-pet/images/great_dane_7.jpg"))
 
 
-def several_gpus(state):
-    return {"state_dict": {f"module.{name}": weight for name, weight in state.items()}, "epoch": 3}
-
-
-def halved(state):
-    return {name: weight.half() for name, weight in state.items()}
-
-
-@pytest.mark.parametrize("write", [dict, several_gpus, halved])
+@pytest.mark.parametrize("write", [dict, lambda state: dict(state_dict={f"module.{k}": state[k] for k in state})])
 def test_state_dicts_are_read_in_float32_to_the_bit(workplace, write):
     torch.save(write(made_up_weights(0)), "other.pt")
-    expected = halved(made_up_weights(0)) if write is halved else made_up_weights(0)
     for name, weight in load_clip("other.pt").state_dict().items():
-        assert torch.equal(weight, expected[name].float())
+        assert torch.equal(weight, made_up_weights(0)[name])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -737,16 +673,6 @@ def test_torchscript_archives_are_read(workplace):
     torch.jit.trace(model, (torch.randn(1, 3, 32, 32), tokens_of(NAMES[:2]))).save("traced.pt")
     difference = encode_images(load_clip("traced.pt"), images) - encode_images(made_up_clip(), images)
     assert difference.abs().max() < 0.01  # clip.load goes through float16
-
-
-def test_weights_of_openclip_load_with_gelu(workplace):
-    model, images = made_up_clip(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    ours, quick = load_clip("tiny.pt", gelu=True), load_clip("tiny.pt")
-    for block in [*model.visual.transformer.resblocks, *model.transformer.resblocks]:
-        block.mlp.gelu = torch.nn.GELU()
-    for encode, data in ((encode_images, images), (encode_texts, tokens_of(NAMES))):
-        assert torch.equal(encode(ours, data), encode(model, data))
-        assert not torch.allclose(encode(ours, data), encode(quick, data), atol=1e-3)
 
 
 # What a user can get wrong, and what is odd but right -----------------------------------------------------------------
@@ -776,10 +702,10 @@ def reweighted(**tensors):
     torch.save(made_up_weights(0) | tensors, "tiny.pt")
 
 
-def flipped(path, share):
+def flipped(path):
     """Turns one bit of a file."""
     data = bytearray(path.read_bytes())
-    data[int(share * len(data))] ^= 4
+    data[len(data) // 2] ^= 4
     path.write_bytes(data)
 
 
@@ -795,47 +721,38 @@ NO_MEMORY = Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate m
 
 @pytest.mark.parametrize("command, words", [
     *((f"{NEW} {option}", option.split()) for option in (
-        "--tasks 0", "--tasks 5,2", "--tasks 1,5", "--alpha nan", "--beta 1e39", "--lr 0", "--rank 0", "--epochs all",
-        "--class-order random", "--template photo", "--device quantum", "--zeroshot birds", "--zeroshot =images",
-        "--model no-such", "--model ViT-B/16", "--data-root nowhere/peer", "--null-space 1", "--head linear", "--runs 3",
+        "--tasks 0", "--tasks 5,2", "--tasks 1,5", "--alpha nan", "--beta 1e39", "--rank 0", "--epochs all", "--runs 3",
+        "--template photo", "--device quantum", "--zeroshot birds", "--zeroshot =images", "--model no-such",
+        "--model ViT-B/16", "--data-root nowhere/peer", "--null-space 1",
     )),
     (f"{NEW} --zeroshot birds=nowhere", ["--zeroshot birds", "nowhere"]),
     (f"{NEW} --zeroshot a=birds --zeroshot a=images", ["--zeroshot", "one name"]),
     (f"{NEW} --dataset imagenet-r", ["official", "200 classes", "holds 6", "natural"]),
     (f"{NEW} --null-space 0.1 --distill 1", ["--distill", "--null-space"]),
     ("--data-root images", ["--data-root", "--dataset folder"]),
-    (f"{NEW} --out mine", ["--out mine", "new or empty"]),
+    (f"{FOLDER} --out images", ["--out images", "new or empty"]),
     (f"{NEW} --add birds", ["--add", "--resume"]),
     ("--predict a.png --resume whole --add birds", ["--predict", "--add"]),
     ("--plot whole --resume cut", ["--plot", "of its own"]),
-    ("--plot mine", ["--plot mine", "metrics.jsonl"]),
-    ("--plot whole no-run", ["--plot no-run", "metrics.jsonl"]),
+    ("--plot whole images", ["--plot images", "metrics.jsonl"]),
     (["--resume", ""], ["--resume"]),
     (f"{CUT} --batch-size 1", ["--batch-size", "--resume"]),
-    (f"{CUT} --zeroshot bees=birds", ["--zeroshot", "name them all"]),
-    (f"{FOLDER} --epochs 3 --lr 1e30 --out new", ["epoch", "loss", "learning rate"]),
     (f"{FOLDER} --epochs 1 --batch-size 99 --lr 1e30 --out new", ["learning rate"]),  # only the last step ruins it
 ], ids=str)  # fmt: skip
 def test_a_bad_option_is_one_message(workplace, capsys, command, words):
-    Path("mine").mkdir()
-    for name in ("metrics.jsonl", "checkpoint.pt"):
-        Path("mine", name).write_text("mine\n")
-    before = [contents(folder) for folder in ("mine", "whole", "cut")]
+    before = [contents(folder) for folder in ("whole", "cut")]
     refused(capsys, command, *words)
-    assert before == [contents(folder) for folder in ("mine", "whole", "cut")]
+    assert before == [contents(folder) for folder in ("whole", "cut")]
 
 
 @pytest.mark.parametrize("damage, command, words", [
     (lambda _: Path("images/test/castle").rename("castle"), NEW, ["images", "1 classes: castle"]),
     (lambda _: Path("images/test").rename("images/valid"), NEW, ["--data-root", "train/, and test/ or val/"]),
-    (lambda _: Path("images/test/forest/6.png").write_text("words"), NEW, ["images/test/forest/6.png"]),
     (lambda _: os.truncate("images/train/forest/0.png", 1000), NEW, ["images/train/forest/0.png", "image"]),
-    (lambda _: Image.new("1", (20_000, 20_000)).save(APPLE / "b.png"), NEW, ["apple/b.png", "bomb"]),
     (lambda _: Image.new("RGB", (30_000, 1)).save(APPLE / "b.png"), NEW, ["apple/b.png", "as long as wide"]),
     (lambda _: Image.new("F", (9, 9)).save(APPLE / "b.tif"), NEW, ["apple/b.tif", "16 bits"]),
-    (lambda _: renamed("n02100000"), NEW, ["images/classes.txt", "n02100000", "README"]),
-    (lambda _: renamed("n02085620-apple"), NEW, ["images/classes.txt", "n02085620-apple", "README"]),
-    (lambda _: renamed("001.apple"), NEW, ["images/classes.txt", "001.apple", "README"]),
+    *((lambda _, name=name: renamed(name), NEW, ["images/classes.txt", name, "README"])
+      for name in ("n02100000", "n02085620-apple", "001.apple")),
     (lambda _: LISTING.write_text("".join(f"{n} {n * 99}\n" for n in NAMES)), NEW, ["classes.txt", "appleapple"]),
     (lambda _: LISTING.write_text("apple fruit\n"), NEW, ["classes.txt", "bicycle"]),
     (lambda _: LISTING.write_bytes(b"apple \xfcber\n"), NEW, ["classes.txt", "UTF-8"]),
@@ -845,71 +762,48 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
     (lambda _: small_clip(64, 32, 1, 64, 8, 77, 99, 64, 1, 1), NEW, ["--model", "tiny.pt", "99 words"]),
     (lambda _: reweighted(logit_scale=torch.tensor(math.nan)), NEW, ["--model", "tiny.pt", "finite"]),
     (lambda _: renamed("avocado"), CUT, ["apple", "avocado"]),
+    (lambda _: day("images", "zebra"), CUT, ["none", "castle"]),  # the first task would have three classes
+    (lambda _: os.remove("images/train/apple/0.png"), CUT, None),  # old images are never seen again
     (lambda _: reweighted(logit_scale=torch.tensor(1.0)), CUT, ["tiny.pt", "not the weights"]),
     (lambda _: reweighted(logit_scale=torch.tensor(1.0)), "--predict a.png --resume whole", ["not the weights"]),
     (lambda _: shutil.rmtree("images/train"), CUT, ["task 2, train", "gone"]),
-    (lambda _: os.truncate("cut/checkpoint.pt", 5000), CUT, ["cut/checkpoint.pt", "cut short or no checkpoint"]),
-    (lambda _: torch.save(TRAP, "cut/checkpoint.pt"), CUT, ["cut/checkpoint.pt", "no checkpoint"]),
+    (lambda _: flipped(Path("cut/checkpoint.pt")), CUT, ["cut/checkpoint.pt", "cut short or no checkpoint"]),
     (lambda _: torch.save({}, "cut/checkpoint.pt"), CUT, ["checkpoint.pt", "version"]),
-    (lambda _: flipped(Path("cut/checkpoint.pt"), 0.5), CUT, ["cut/checkpoint.pt"]),
     (lambda _: Path("cut/metrics.jsonl").unlink(), CUT, ["--resume cut", "metrics.jsonl"]),
     (lambda patch: patch.setattr(mgclip, "similarity_gap", lambda *_: (0.1, 1e-6)), f"{FOLDER} --out new", ["--epochs"]),
     (lambda patch: patch.setattr(mgclip, "finetune", NO_MEMORY), NEW, ["memory"]),
-    (lambda patch: patch.setattr(mgclip, "finetune", Mock(side_effect=MemoryError)), NEW, ["memory"]),
     (lambda patch: patch.setattr(os, "posix_fallocate", Mock(side_effect=OSError("full"))), NEW, ["TMPDIR", "no room"]),
     (lambda patch: patch.setitem(sys.modules, "matplotlib", None), "--plot whole", ["pip install matplotlib"]),
     (lambda patch: patch.delattr(clip, "available_models"), NEW, ["pip uninstall clip", "clip-anytorch==2.6.0"]),
-    (lambda _: Path(".cache").write_text("a file"), "--out new --device cpu", [".cache"]),
     (lambda patch: patch.setenv("RANK", "1"), f"{NEW} --rank 0", ["--rank: 0"]),  # is no torchrun
 ])  # fmt: skip
 def test_bad_data_is_one_message(workplace, monkeypatch, capsys, damage, command, words):
     damage(monkeypatch)
     before = [contents(folder) for folder in ("whole", "cut")]
+    if words is None:
+        assert main(command.split()) == 0 and events("cut") == events("whole")
+        return
     refused(capsys, command, *words)
     assert before == [contents(folder) for folder in ("whole", "cut")] and not Path("sprung").exists()
     assert "--resume new" not in "".join(capsys.readouterr())  # nothing is there to go on from
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda half: shutil.rmtree(Path("five", half, "elephant")), ["castle", "none"]),
-    (lambda half: shutil.copytree(f"five/{half}/apple", f"five/{half}/bear"), ["bicycle", "bear"]),
-    (lambda half: shutil.copytree(f"five/{half}/apple", f"five/{half}/fig"), None),  # in a task that is still to come
-])  # fmt: skip
-def test_classes_are_compared_task_by_task(workplace, monkeypatch, capsys, change, words):
-    day("five", *NAMES[:5])
-    options = f"{FOLDER} --data-root five --tasks 2 --epochs 0 --head-epochs 0"
-    with monkeypatch.context() as patch:
-        patch.setattr(mgclip, "evaluate", at_call(2, mgclip.evaluate, Mock(side_effect=KeyboardInterrupt)))
-        assert main(f"{options} --out run".split()) == 130
-    for half in ("train", "test"):
-        change(half)
-    if words:
-        refused(capsys, "--resume run", *words)
-    else:
-        assert main("--resume run".split()) == 0 and events("run")[-2]["classes_seen"] == 6
-
-
 def odd_pictures():
-    for name in ("Thumbs.db", "notes.txt", "a.HEIC", "b", ".hidden.png", "@eaDir/0.png/thumb.jpg"):
+    for name in ("Thumbs.db", "notes.txt", "a.HEIC", "b", ".hidden.png", "@eaDir/0.png/thumb.jpg", "../.cache/0.png"):
         paint(APPLE / name)
-    for path in (Path("images/train/@eaDir/0.png"), Path("images/train/.cache/0.png")):
-        paint(path)
 
 
 def more_pictures():
     for name in ("more/deep/a\nb.png", os.fsdecode(b"more/\xff.JPG"), "a.jfif", "a.gif", "a.webp", "a.TIFF"):
         paint(APPLE / name)
-    Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30) * 70).save(APPLE / "16 bits.png")
+    pixels = np.arange(900, dtype=np.uint16).reshape(30, 30) * 70
+    Image.fromarray(pixels).save(APPLE / "16 bits.png")
+    assert np.array_equal(mgclip.open_image(APPLE / "16 bits.png"), pixels >> 8)
 
 
 def two_forms_of_unicode():
     Path("images/train/apple").rename("images/train/cafe\u0301")  # as in an archive of macOS
     Path("images/test/apple").rename("images/test/caf\u00e9")
-
-
-def names_with_spaces():
-    renamed("red apple")
-    LISTING.write_text("".join(f"{name} a {name}\n" for name in ("red apple", *NAMES[1:])))
 
 
 def unlabelled_test():
@@ -919,50 +813,23 @@ def unlabelled_test():
 
 @pytest.mark.parametrize("make, images, others, shown", [
     (odd_pictures, 36, 4, "apple, bicycle, castle"), (more_pictures, 43, 0, "apple"), (unlabelled_test, 36, 0, "apple"),
-    (two_forms_of_unicode, 36, 0, "bicycle, caf\u00e9, castle"), (names_with_spaces, 36, 0, None),
-    (lambda: renamed(*"123456"), 36, 0, "1, 2, 3"),
+    (two_forms_of_unicode, 36, 0, "bicycle, caf\u00e9, castle"), (lambda: renamed(*"123456"), 36, 0, "1, 2, 3"),
     (lambda: renamed("a castle", "A  Castle"), 36, 0, "A  Castle, a castle"),  # one prompt: they are warned of
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+])  # fmt: skip
 def test_odd_data_is_read_and_what_was_read_is_said(workplace, capsys, make, images, others, shown):
     make()
     assert len(ran(f"{FOLDER} --epochs 0")) == 4
     out, err = capsys.readouterr()
     assert f"{images} images of 6 classes; {others} other files left out" in out and "19 images of 6 classes" in out
-    assert ("no classes.txt" in out) == (shown is not None) and (shown or "") in out
-    assert ("one prompt" in err) == ("A  Castle" in os.listdir("images/train"))
-
-
-def test_16_bits_become_8(workplace):
-    pixels = np.arange(900, dtype=np.uint16).reshape(30, 30) * 70
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(pixels).save(name)
-        assert np.array_equal(mgclip.open_image(name), pixels >> 8)
-
-
-def test_a_zeroshot_folder_is_scored_whatever_its_name(workplace):
-    ran(f"{FOLDER} --epochs 1 --zeroshot patterns=birds --zeroshot b=birds")
-    scores = [e["accuracy"] for e in events("run", "zeroshot")]
-    assert len(scores) == 8 and scores[::2] == scores[1::2]
+    assert f"the folders' names: {shown}" in out and ("one prompt" in err) == ("A  Castle" in os.listdir("images/train"))
 
 
 def test_a_tilde_that_the_shell_leaves_is_the_home_folder(workplace):
-    home = f"{FOLDER} --data-root=~/images --zeroshot=d=~/birds --model=~/tiny.pt --epochs 0"
-    assert len(ran(home, "~/run")) == 8 and Path("run/checkpoint.pt").exists()
-    assert main(["--resume=~/run", "--predict=~/images/test/apple/6.png"]) == 0
+    home = f"{FOLDER} --data-root=~/images --zeroshot=patterns=~/birds --model=~/tiny.pt --epochs 0 --out=~/run"
+    assert main(home.split()) == main(["--resume=~/run", "--predict=~/images/test/apple/6.png"]) == 0
+    assert [e["accuracy"] for e in events("run", "zeroshot")] == [events("run", "task")[-1]["text_accuracy"]] * 4
+    assert not Path("~").exists()
     assert pytest.importorskip("matplotlib") and main(["--plot=~/run"]) == 0 and Path("run/plot.png").exists()
-
-
-def test_a_run_that_fails_before_its_first_event_is_started_again_in_its_folder(workplace, capsys):
-    Path("empty").mkdir(mode=0o700)
-    Path("link").symlink_to("empty")
-    refused(capsys, f"{FOLDER} --lr 1e30 --epochs 3 --out link")
-    assert ran(f"{FOLDER} --epochs 0", "link")[-1]["event"] == "end" and os.stat("empty").st_mode & 0o777 == 0o700
-
-
-def test_the_command_to_go_on_can_be_pasted(workplace, capsys, monkeypatch):
-    monkeypatch.setattr(mgclip, "evaluate", at_call(2, mgclip.evaluate, Mock(side_effect=KeyboardInterrupt)))
-    assert main([*FOLDER.split(), "--epochs", "1", "--out", "my run"]) == 130
-    assert capsys.readouterr().err.endswith("to go on: python mgclip.py --resume 'my run'\n")
 
 
 # Ends of all kinds ----------------------------------------------------------------------------------------------------
@@ -978,16 +845,16 @@ def test_a_kill_at_any_moment_resumes_to_the_metrics_of_an_unbroken_run(workplac
         replace(part, path)
 
     day("tomorrow", "crow")
-    begin = f"{FOLDER} --tasks 2 --max-epochs 1 --lr 0.01 --zeroshot birds=birds --out"
+    begin = f"{FOLDER} --tasks 2 --max-epochs 1 --lr 0.01 --null-space 0.1 --zeroshot birds=birds --out"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", noted)
         assert main(f"{begin} run".split()) == main("--resume run --add tomorrow".split()) == 0
     assert len(moments) == 11 + 4  # 9 events and 2 checkpoints, then a task, retention, a checkpoint and the end
     for moment in moments:
         assert list(Path(moment).glob("*.part"))
-        begun = Path(moment, "metrics.jsonl").exists()
-        assert main(f"--resume {moment}".split() if begun else f"{begin} {moment}".split()) == 0
-        assert main(f"--resume {moment} --add tomorrow".split()) == 0  # the same command may be given again
+        if not Path(moment, "metrics.jsonl").exists():  # killed before its first event: it is started again
+            assert main(f"{begin} {moment}".split()) == 0
+        assert main(f"--resume {moment} --add tomorrow".split()) == 0  # which may have been given before
         assert events(moment) == events("run") and learned(moment) == learned("run"), moment
         assert events(moment, "config")[0]["options"]["add"] == [os.path.abspath("tomorrow")]
         assert sorted(os.listdir(moment)) == ["checkpoint.pt", "metrics.jsonl"]
@@ -1048,31 +915,13 @@ def test_a_run_goes_on_with_all_that_it_needs_moved(workplace, capsys):
     assert Path("../cut/notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("more", ["--head ridge", "--null-space 0.1 --head ridge --max-epochs 2 --alpha 0.9 --bf16"])
-def test_runs_beyond_the_paper_go_on_as_if_not_cut_off(workplace, monkeypatch, more):
-    options = f"{FOLDER} --lr 0.01 {more} --out"
-    assert main(f"{options} once".split()) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(mgclip, "evaluate", at_call(3, mgclip.evaluate, Mock(side_effect=KeyboardInterrupt)))
-        assert main(f"{options} again".split()) == 130
-    assert main("--resume again".split()) == main("--resume again --predict images/test/apple/6.png".split()) == 0
-    assert events("again") == events("once") and learned("again") == learned("once")
-
-
-def test_runs_that_start_together_get_a_folder_each(workplace):
+def test_runs_that_start_together_get_what_they_need(workplace, monkeypatch):
     assert ended(*[forked(main, f"{FOLDER} --epochs 0".split()) for _ in range(3)]) == [0, 0, 0]
     assert sorted(os.listdir("runs")) == ["folder-0", "folder-0-2", "folder-0-3"]
     assert all(len(events(f"runs/{name}")) == 4 for name in os.listdir("runs"))
-
-
-def test_two_first_demos_at_once_both_get_their_clip(workplace, monkeypatch):
     monkeypatch.setattr(mgclip, "pretrain_tiny", lambda: time.sleep(0.5) or made_up_clip())
-    assert ended(forked(load_tiny), forked(load_tiny)) == [0, 0]
-    assert len(os.listdir(".cache/clip")) == 1 and load_clip("tiny")
-
-
-def load_tiny():
-    load_clip("tiny")
+    tiny = lambda: load_clip("tiny") and 0
+    assert ended(forked(tiny), forked(tiny)) == [0, 0] and len(os.listdir(".cache/clip")) == 1
 
 
 def together(command, nodes=(".", ".")):
@@ -1091,17 +940,9 @@ def together(command, nodes=(".", ".")):
     return ended(*processes)
 
 
-@pytest.mark.parametrize("options", [LONG, f"{FOLDER} --epochs 2 --lr 0.01 --head ridge --null-space 0.1"])
-def test_two_nodes_agree_with_one_process(workplace, template, monkeypatch, options):
+@pytest.mark.parametrize("options", [LONG, f"{FOLDER} --epochs 2 --lr 0.01 --null-space 0.1"])
+def test_two_nodes_agree_with_one_process(workplace, template, options):
     """Similarities to 1e-4, accuracies exactly, with batches of 5, which do not divide evenly."""
-    open_image = mgclip.open_image
-
-    def noted(path):
-        with open(workplace / "decoded-{}-of-{}".format(*mgclip.process()), "a") as file:
-            print(os.path.relpath(path), file=file)
-        return open_image(path)
-
-    monkeypatch.setattr(mgclip, "open_image", noted)
     for node in ("node0", "node1"):  # they share no file
         shutil.copytree(template, node)
     one = ran(options)
@@ -1109,8 +950,6 @@ def test_two_nodes_agree_with_one_process(workplace, template, monkeypatch, opti
     for a, b in zip(one, events("node0/run"), strict=True):
         exact = lambda key, value: "accuracy" in key or key == "per_task" or not isinstance(value, float)
         assert b == {key: value if exact(key, value) else pytest.approx(value, abs=1e-4) for key, value in a.items()}
-    by_one, first, second = (set(Path(f"decoded-{who}").read_text().split()) for who in ("0-of-1", "0-of-2", "1-of-2"))
-    assert len(by_one) == len(first) + len(second) and by_one == first | second  # each decodes its share
     assert not Path("node1/run").exists()  # process 0 alone writes
 
 
@@ -1139,27 +978,21 @@ def reader_gone():
     sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True)
 
 
-def not_utf_8():
-    sys.stdout = open("said", "w", encoding="ascii")
-
-
-def a_notebooks():
-    sys.stdout = type("Stream", (), dict(write=lambda self, text: len(text), flush=lambda self: None))()
-
-
 def stderr_closed():
     os.close(2)
     sys.stderr = None  # as Python has it that starts so
 
 
 @pytest.mark.parametrize("prepare, status", [
-    (reader_gone, -signal.SIGPIPE), (not_utf_8, 0), (a_notebooks, 0), (stderr_closed, 0)
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+    (reader_gone, -signal.SIGPIPE), (stderr_closed, 0),
+    (lambda: setattr(sys, "stdout", open("ascii", "w", encoding="ascii")), 0),  # a terminal that is not UTF-8
+    (lambda: setattr(sys, "stdout", argparse.Namespace(write=len, flush=bool)), 0),  # a notebook's
+], ids=["reader gone", "stderr closed", "ascii", "notebook"])  # fmt: skip
 def test_odd_streams_do_no_harm(workplace, prepare, status):
     command = f"{FOLDER} --tasks 1 --max-epochs 1 --out new"
     assert ended(forked(as_a_program, command, prepare, err="err")) == [status] and Path("err").read_text() == ""
     assert status or len(events("new")) == 5
-    assert prepare is not not_utf_8 or "\\u0394 0." in Path("said").read_text()
+    assert not Path("ascii").exists() or "\\u0394 0." in Path("ascii").read_text()
 
 
 # What a run is for, afterwards ----------------------------------------------------------------------------------------
@@ -1168,22 +1001,18 @@ def test_odd_streams_do_no_harm(workplace, prepare, status):
 def test_predict_gives_the_five_best_classes_and_skips_what_it_cannot_read(workplace, capsys):
     ran(f"{FOLDER} --max-epochs 1 --beta 2 --class-order 5")
     paths, names = ["images/test/castle/6.png", "images/test/apple/7.png"], np.random.RandomState(5).permutation(NAMES)
-    Image.new("RGB", (30_000, 1)).save("long.png")
     capsys.readouterr()
-    command = ["--predict", paths[0], "tiny.pt", "--resume", "run", "--predict", "long.png", paths[1], "nowhere.png"]
-    assert main(command) == 1
+    assert main(["--predict", paths[0], "tiny.pt", "--resume", "run", "--predict", paths[1], "nowhere.png"]) == 1
     out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 3 and all(name in err for name in ("tiny.pt", "long.png", "nowhere.png"))
+    assert len(err.splitlines()) == 2 and "tiny.pt" in err and "nowhere.png" in err
     header, *rows = [line.split("\t") for line in out.splitlines()]
     assert header == ["image", "rank", "class", "fused", "text", "visual"] and len(rows) == 10
     learner = MGCLIP(load_clip("tiny.pt"), beta=2.0)
     learner.load(torch.load("run/checkpoint.pt", weights_only=True)["learner"])
-    x = learner.features(torch.stack([decoded(path) for path in paths]))
-    fused, text_logits, visual = learner.scores(x, learner.texts())
-    text = text_logits.softmax(1)
+    fused, text_logits, visual = scored(learner, torch.stack([decoded(path) for path in paths]))
     best = [(i, k) for i in (0, 1) for k in fused[i].argsort(descending=True)[:5].tolist()]
     assert [row[:3] for row in rows] == [[paths[i], str(n % 5 + 1), names[k]] for n, (i, k) in enumerate(best)]
-    scores = [[part[i, k].item() for part in (fused, text, visual)] for i, k in best]
+    scores = [[part[i, k].item() for part in (fused, text_logits.softmax(1), visual)] for i, k in best]
     close([[float(number) for number in row[3:]] for row in rows], scores)
 
 
@@ -1252,24 +1081,21 @@ def test_ridge_head_is_least_squares_on_all_images_at_once():
 
 def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
     _, _, images, labels, _ = golden_inputs()
-    model, inputs = made_up_clip(), {}
-    learner = mgclip.NullSpaceMGCLIP(model, rho=0.01, epochs=3, lr=0.01, batch_size=8)
+    learner, inputs = mgclip.NullSpaceMGCLIP(made_up_clip(), rho=0.01, epochs=3, **OPTIONS), {}
     learner.learn(images[:24], labels[:24], NAMES[:3])
-    before, moments = learner.features(images), learner.moments
+    before, old = learner.features(images), copied(attn.A_k for attn in learner.attns)
 
-    def keep(attn, arguments):
+    def keep(attn, arguments):  # what enters keys and values first
         inputs.setdefault(attn, arguments[1].detach().flatten(0, 1))
 
-    old = copied(attn.A_k for attn in learner.attns)
     learner.begin_task()
+    torch.testing.assert_close(learner.features(images), before, atol=1e-5, rtol=1e-4)  # folded into the weights
     for A, attn, P in zip(old, learner.attns, learner.P):
         assert not torch.allclose(attn.A_k, A @ P, atol=1e-2)  # a fresh LoRA
-    torch.testing.assert_close(learner.features(images), before, atol=1e-5, rtol=1e-4)  # folded into the weights
-    hooks = [attn.register_forward_pre_hook(keep) for attn in learner.attns]
-    extract_features(model, images[:24])
+        attn.register_forward_pre_hook(keep)
+    learner.features(images[:24])
     learner.texts()
-    for hook in hooks:
-        hook.remove()
+    moments = [x.double().T @ x.double() for x in inputs.values()]
     learner.learn(images[24:], labels[24:] - 3, NAMES[3:])
     for attn, M in zip(learner.attns, moments):
         energy, directions = torch.linalg.eigh(M)
@@ -1281,6 +1107,30 @@ def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
 
 
 # The README's blocks, and what it claims of the demo ------------------------------------------------------------------
+
+
+DEMO = dict(untouched="--epochs 0 --beta 0", long="--epochs 10", both="")  # the text half of these two is --beta 0
+
+
+def run_demo():
+    for name, options in DEMO.items():
+        assert main(f"{options} --tasks 8,8,8 --out {name}".split()) == 0  # the first three of eight
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo(request, tmp_path_factory):
+    """The demo's runs, seed 0, in a process beside the other tests: what waits for them, and says where they lie."""
+    home = tmp_path_factory.mktemp("demo")
+    if any("demo" in item.name for item in request.session.items):
+        process = forked(run_demo, folder=home, err=home / "err", HOME=str(home))
+    return lambda: process.join() or home
+
+
+def test_the_demo_shows_what_the_readme_says(demo):
+    untouched, long, both = [events(demo() / name)[-2] for name in DEMO]
+    naive, preservation = long["text_accuracy"], both["text_accuracy"]  # Last, as with --beta 0
+    assert naive < untouched["accuracy"] < both["accuracy"] and preservation < both["accuracy"]
+    assert naive < long["accuracy"] < both["accuracy"]  # compensation alone
 
 
 def readme_after(opening):
@@ -1346,8 +1196,8 @@ def plain_texts(model, tokens):
     return F.normalize(model.encode_text(tokens.to(model.logit_scale.device)).float(), dim=-1)
 
 
-def plain_training(model, lora, images, labels, tokens):
-    """An epoch with the prompts of all classes seen; only the last ten's logits are not masked."""
+def plain_learning(model, lora, images, labels, tokens):
+    """An epoch with the prompts of all classes seen, of which the last ten's logits are not masked; then their rows."""
     optimizer = torch.optim.Adam(lora, 1e-3)
     for batch in torch.randperm(len(labels)).split(128):
         optimizer.zero_grad()
@@ -1360,17 +1210,13 @@ def plain_training(model, lora, images, labels, tokens):
             (loss / len(batch)).backward()
         texts.backward(leaf.grad)
         optimizer.step()
-
-
-def plain_head(model, images, labels):
-    """Prototypes, then what `fit_head` does, with the frozen encoder in every step."""
-    encoded = torch.no_grad()(lambda batch: encode_images(model, images[batch]))
-    features = torch.cat([encoded(batch) for batch in torch.arange(len(labels)).split(128)])
+    encoded = torch.no_grad()(lambda rows: encode_images(model, images[rows]))
+    features = torch.cat([encoded(rows) for rows in torch.arange(len(labels)).split(128)])
     weight = class_prototypes(features, labels).requires_grad_()
     optimizer = torch.optim.Adam([weight], 5e-4)
     batches = [batch for _ in range(3) for batch in torch.randperm(len(labels)).split(64)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches), eta_min=5e-6)
-    for batch in batches:
+    for batch in batches:  # as `fit_head`, but with the frozen encoder in every step
         loss = F.cross_entropy(mgclip.cosine(encoded(batch), weight), labels[batch].to(features.device))
         optimizer.zero_grad()
         loss.backward()
@@ -1380,58 +1226,39 @@ def plain_head(model, images, labels):
 
 
 @torch.no_grad()
-def plain_evaluation(model, weight, images, labels, tokens):
+def plain_scoring(model, weight, images, tokens):
     """The texts are encoded with every batch."""
-    right = []
-    for rows in torch.arange(len(labels)).split(128):
+    scores = []
+    for rows in torch.arange(len(images)).split(128):
         x, texts = encode_images(model, images[rows]), plain_texts(model, tokens)
-        scores = fused_scores(model.logit_scale.exp() * x @ texts.T, mgclip.cosine(x, weight))
-        right.append(scores.argmax(1).cpu() == labels[rows])
-    return 100 * torch.cat(right).double().mean().item()
+        scores.append(fused_scores(model.logit_scale.exp() * x @ texts.T, mgclip.cosine(x, weight)))
+    return torch.cat(scores)
 
 
-def our_training(model, lora, images, labels, tokens):
-    finetune(model, lora, images, labels, tokens[-10:], 1)
+def two_forms(name, images, labels, device="cpu", bf16=False):
+    """[learning, scoring] of the plain form and of ours, the LoRA of both: the fifth of ten tasks, with no search."""
+    plain, model = (clip.model.CLIP(*SHAPES[name]).eval().to(device) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    learner, lora = MGCLIP(model, epochs=1, bf16=bf16), add_plain_lora(plain)
+    learner.names = [f"thing {i}" for i in range(40)]
+    learner.head.weight = weight = torch.randn(40, SHAPES[name][0], device=device)
+    for p, q in zip(lora, learner.lora):
+        torch.nn.init.normal_(q, std=0.1)  # B too, which begins at zero
+        p.data.copy_(q)
+    state, new, plain_rows = learner.state(), [f"thing {i}" for i in range(40, 50)], []
+    tokens = learner.prompts(learner.names + new)
+    ours = [lambda: [learner.load(state), learner.learn(images, labels, new)],
+            lambda: learner.scores(learner.features(images), learner.texts())[0]]  # fmt: skip
+    plains = [lambda: plain_rows.append(plain_learning(plain, lora, images, labels, tokens)),
+              lambda: plain_scoring(plain, torch.cat([weight, plain_rows[-1]]), images, tokens)]  # fmt: skip
+    return plains, ours, lora, learner.lora
 
 
-def our_head(model, images, labels):
-    head = CosineHead(model.text_projection.shape[1])
-    head.learn(extract_features(model, images), labels)
-    return head.weight
-
-
-@torch.no_grad()
-def our_evaluation(model, weight, images, labels, tokens):
-    x, texts = extract_features(model, images), encode_texts(model, tokens)
-    scores = fused_scores(model.logit_scale.exp() * x @ texts.T, mgclip.cosine(x, weight))
-    return 100 * (scores.argmax(1).cpu() == labels).double().mean().item()
-
-
-PLAIN = (add_plain_lora, plain_training, plain_head, plain_evaluation)
-OURS = (add_lora, our_training, our_head, our_evaluation)
-
-
-def prepared(form, name, images, labels, tokens, device="cpu"):
-    """(LoRA, [training, head, evaluation]): a task after the first, so that no gap is measured."""
-    add, train, learn_head, score = form
-    torch.manual_seed(0)  # the same values in both forms
-    model = clip.model.CLIP(*SHAPES[name]).eval().to(device)
-    lora = add(model)
-    weight = torch.randn(len(tokens), SHAPES[name][0]).to(device)
-    training = partial(train, model, lora, images, labels, tokens)
-    scoring = partial(score, model, weight, images, labels, tokens)
-    return lora, [training, partial(learn_head, model, images, labels), scoring]
-
-
-def check_that_both_compute_the_same(images, labels, tokens):
-    """On the tiny CLIP, in float32: gradients of the first step, then head and accuracy."""
-    results = []
-    for form in (PLAIN, OURS):
-        lora, works = prepared(form, "tiny", images, labels, tokens)
-        for p in lora:
-            torch.nn.init.normal_(p, std=0.1)  # B too, which begins at zero
-        results.append([[work() for work in works[1:]], works[0]() or [p.grad for p in lora]])
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+def test_the_benchmark_compares_what_computes_the_same():
+    plains, ours, *loras = two_forms("tiny", golden_inputs()[2][:30], torch.arange(30) % 10)
+    (_, theirs), (_, scores) = [[work() for work in works] for works in (plains, ours)]
+    torch.testing.assert_close(scores, theirs, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(*[[p.grad for p in lora] for lora in loras], atol=1e-4, rtol=1e-3)
 
 
 def protocol(model, bf16):
@@ -1460,14 +1287,11 @@ def benchmark():
         torch.cuda.set_device(device)  # what is synchronised, and whose memory is read
     N = options.images or (5000 if cuda else 64)
     data = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8), torch.arange(N) % 10
-    tokens = tokens_of([f"thing {i}" for i in range(50)])  # the fifth of ten tasks
-    check_that_both_compute_the_same(*(x[:24] for x in data), tokens[:30])
-    forms = [prepared(form, options.model, *data, tokens, device) for form in (PLAIN, OURS)]
+    plains, ours, *_ = two_forms(options.model, *data, device, options.bf16)
     n, products = (8192, 50) if cuda else (3072, 4)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if options.bf16 else torch.float32)
     multiply = lambda: [a @ a for _ in range(products)]
-    plain, ours = forms[0][1], forms[1][1]
-    times = {work: [] for work in (*plain, *ours, multiply)}
+    times = {work: [] for work in (*plains, *ours, multiply)}
     for work in mgclip.progress([*times] * (options.repeats + cuda)):  # on a GPU a first turn warms up
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16, cache_enabled=False):
@@ -1475,20 +1299,17 @@ def benchmark():
         if cuda:
             torch.cuda.synchronize()
         times[work].append(time.perf_counter() - began)
-    seconds = lambda works: sum(median(times[work][-options.repeats :]) for work in works)
+    seconds = lambda *works: sum(median(times[work][-options.repeats :]) for work in works)
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     precision = "bf16" if options.bf16 else "float32"
     print(f"{options.model}, {N} images, batches of {min(N, 128)}, {precision}, {where}, torch {torch.__version__}")
-    print(f"{'seconds':32}{'plain':>9}{'ours':>9}{'ratio':>8}")
-    stages = ("training, an epoch", "prototypes and head", "evaluation")
-    rows = [*zip(stages, ([w] for w in plain), ([w] for w in ours)), ("a task: these three", plain, ours)]
-    for name, first, second in rows:
-        print(f"{name:32}{seconds(first):9.3f}{seconds(second):9.3f}{seconds(first) / seconds(second):8.2f}")
-    rate = products * 2 * n**3 / seconds([multiply]) / 1e9
-    print(f"matrices of {n} x {n} are multiplied at {rate:,.0f} GFLOP/s")
-    GFLOP = {"ViT-B/16": 35.1, "tiny": 0.003}[options.model]  # of an image's forward pass; a step takes about twice
-    print(f"evaluation of {GFLOP} GFLOP an image: {N * GFLOP / seconds(ours[2:]) / rate:.0%} of that rate; "
-          f"training, at twice: {2 * N * GFLOP / seconds(ours[:1]) / rate:.0%}")  # fmt: skip
+    print(f"{'seconds':12}{'plain':>9}{'ours':>9}{'ratio':>8}")
+    for name, first, second in (("learning", plains[:1], ours[:1]), ("scoring", plains[1:], ours[1:]), ("a task", plains, ours)):
+        print(f"{name:12}{seconds(*first):9.3f}{seconds(*second):9.3f}{seconds(*first) / seconds(*second):8.2f}")
+    rate = products * 2 * n**3 / seconds(multiply) / 1e9
+    GFLOP = {"ViT-B/16": 35.1, "tiny": 0.003}[options.model]  # of an image's forward pass
+    share = N * GFLOP / seconds(ours[1]) / rate
+    print(f"matrices of {n} x {n} are multiplied at {rate:,.0f} GFLOP/s; images are scored at {share:.0%} of that")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
