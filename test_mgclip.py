@@ -748,7 +748,7 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
 
 @pytest.mark.parametrize("damage, command, words", [
     (lambda _: Path("images/test/castle").rename("castle"), NEW, ["images", "1 classes: castle"]),
-    (lambda _: Path("images/test").rename("images/valid"), NEW, ["--data-root", "train/, and test/ or val/"]),
+    (lambda _: Path("images/test").rename("images/valid"), NEW, ["--data-root", "images has no val/", "train/"]),
     (lambda _: os.truncate("images/train/forest/0.png", 1000), NEW, ["images/train/forest/0.png", "image"]),
     (lambda _: Image.new("RGB", (30_000, 1)).save(APPLE / "b.png"), NEW, ["apple/b.png", "as long as wide"]),
     (lambda _: Image.new("F", (9, 9)).save(APPLE / "b.tif"), NEW, ["apple/b.tif", "16 bits"]),
