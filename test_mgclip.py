@@ -763,13 +763,14 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
     (lambda _: small_clip(64, 32, 1, 64, 8, 77, 99, 64, 1, 1), NEW, ["--model", "tiny.pt", "99 words"]),
     (lambda _: reweighted(logit_scale=torch.tensor(math.nan)), NEW, ["--model", "tiny.pt", "finite"]),
     (lambda _: renamed("avocado"), CUT, ["apple", "avocado"]),
-    (lambda _: day("images", "zebra"), CUT, ["none", "castle"]),  # the first task would have three classes
+    (lambda _: day("images", "zebra"), CUT, ["no class", "castle"]),  # the first task would have three classes
     (lambda _: os.remove("images/train/apple/0.png"), CUT, None),  # old images are never seen again
     (lambda _: reweighted(logit_scale=torch.tensor(1.0)), CUT, ["tiny.pt", "not the weights"]),
     (lambda _: reweighted(logit_scale=torch.tensor(1.0)), "--predict a.png --resume whole", ["not the weights"]),
     (lambda _: shutil.rmtree("images/train"), CUT, ["task 2, train", "gone"]),
     (lambda _: flipped(Path("cut/checkpoint.pt")), CUT, ["cut/checkpoint.pt", "cut short or no checkpoint"]),
     (lambda _: torch.save({}, "cut/checkpoint.pt"), CUT, ["checkpoint.pt", "version"]),
+    (lambda _: os.remove("whole/checkpoint.pt"), "--resume whole", ["--resume whole", "checkpoint.pt is gone"]),
     (lambda _: Path("cut/metrics.jsonl").unlink(), CUT, ["--resume cut", "metrics.jsonl"]),
     (lambda patch: patch.setattr(mgclip, "similarity_gap", lambda *_: (0, 0)), f"{FOLDER} --out new", ["--epochs"]),
     (lambda patch: patch.setattr(mgclip, "finetune", NO_MEMORY), NEW, ["memory"]),
