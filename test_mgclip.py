@@ -200,6 +200,7 @@ def test_only_keys_and_values_change():
     assert all(A.any() and not B.any() for A, B in zip(lora[::2], lora[1::2]))
     finetune(model, lora, images, labels, tokens, epochs=2, lr=0.01)
     assert same(clips_own, state) and all(B.any() for B in lora[1::2])
+    assert {p for p in model.parameters() if p.requires_grad} == set(lora)
     assert not torch.allclose(features()[0], before[0], atol=1e-3)
     for again, words in ((model, "a LoRA already"), (made_up_clip().half(), "float32")):
         with pytest.raises(ValueError, match=words):
