@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest.mock import Mock
@@ -958,6 +957,14 @@ def test_two_nodes_agree_with_one_process(workplace, template, options):
         exact = lambda key, value: "accuracy" in key or key == "per_task" or not isinstance(value, float)
         assert b == {key: value if exact(key, value) else pytest.approx(value, abs=1e-4) for key, value in a.items()}
     assert not Path("node1/run").exists()  # process 0 alone writes
+
+
+def test_a_node_needs_no_checkpoint_to_resume(workplace, template):
+    for node in ("node0", "node1"):
+        shutil.copytree(template, node)
+    os.remove("node1/whole/checkpoint.pt")
+    assert together("--resume whole", ["node0", "node1"]) == [0, 0], Path("err0").read_text()
+    assert events("node0/whole") == events("whole")
 
 
 @pytest.mark.parametrize("options, words", [("--alpha=-1", "argument --alpha"), ("", "apple/1.png: cannot be read")])
