@@ -290,7 +290,7 @@ def test_loss_and_gradients_are_those_of_the_plain_form(monkeypatch, chunk, alig
     """Plain: the whole batch at once, the prompts of all classes, and the logits of the older ones masked."""
     model, lora, images, labels, tokens = golden_inputs()
     images, labels = images[24:], labels[24:]
-    monkeypatch.setattr(mgclip, "images_at_once", lambda model: chunk)
+    monkeypatch.setattr(mgclip, "chunk_size", lambda model: chunk)
     logits_0 = (100 * extract_features(model, images) @ encode_texts(model, tokens[3:]).T).detach()  # CLIP untouched
     for p in lora:
         torch.nn.init.normal_(p, std=0.1)
@@ -355,7 +355,7 @@ LABELS = ([0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1], [[0], [1], [2]]
 @pytest.mark.parametrize("change, words", [
     *((dict(labels=labels), "labels") for labels in LABELS),
     (dict(images=WHOLE / 255), r"\(N, 3, H, W\), not Tensor torch.float32 .*\(255 \* x\).round\(\).byte\(\)"),
-    (dict(images=(WHOLE / 255).byte()), r"no pixel is above 1 .*\(255 \* x\).round\(\).byte\(\)"),
+    (dict(images=(WHOLE / 255).byte()), r"no value is above 1; .*\(255 \* x\).round\(\).byte\(\)"),
     (dict(images=WHOLE.numpy()), "must be a uint8 tensor .* not ndarray uint8"),
     (dict(images=WHOLE.permute(0, 2, 3, 1)), r"not Tensor torch.uint8 \(3, 32, 32, 3\)"),
     (dict(images=WHOLE[:, :1]), r"\(3, 1, 32, 32\)"), (dict(images=WHOLE[0]), r"\(3, 32, 32\)"),
@@ -497,7 +497,7 @@ def test_nothing_in_a_step_waits_for_the_device(monkeypatch):
     lora = add_lora(model)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
     monkeypatch.setattr(mgclip, "mean_loss", lambda losses, epoch: len(losses))  # waits, once an epoch
-    monkeypatch.setattr(mgclip, "images_at_once", lambda model: 5)
+    monkeypatch.setattr(mgclip, "chunk_size", lambda model: 5)
     with Copies() as copies:
         assert finetune(model, lora, images, labels, tokens, epochs=1, batch_size=12) == [2]
     step = ["copy"] * (2 * 3 + 2) + ["work"]  # three chunks: their numbers and images; tokens and their ends
@@ -538,12 +538,11 @@ from tqdm import tqdm
 """
 
 
-def test_parts_1_to_6_and_12_pasted_alone_learn_and_predict(tmp_path):
+def test_parts_a_to_g_pasted_alone_learn_and_predict(tmp_path):
     source = Path(mgclip.__file__).read_text("utf-8")
-    method = source.partition("\n# 1 ")[2].partition("\ndef evaluate(")[0]
-    processes = source.partition("\n# 12 ")[2].partition("\n# 13 ")[0]
+    method = source.partition("\n# A ")[2].partition("\n# H ")[0]
     pasted = {}
-    exec(f"{IMPORTS_OF_A_PASTE}\n# 1 {method}\n# 12 {processes}", pasted)
+    exec(f"{IMPORTS_OF_A_PASTE}\n# A {method}", pasted)
     _, _, images, labels, _ = golden_inputs()
     new = lambda which: which["MGCLIP"](made_up_clip(), max_epochs=2, alpha=0.5, lr=0.01, batch_size=7)
     theirs, ours = new(pasted), new(vars(mgclip))
@@ -720,8 +719,8 @@ def test_a_loop_of_ones_own_gives_the_runs_accuracies(workplace):
     train, test = (mgclip.open_data("folder", "images", half, 32, "")[0] for half in ("train", "test"))
     learner, accuracy = MGCLIP(load_clip("tiny.pt"), alpha=0.4, max_epochs=3, lr=0.01, batch_size=5), []
     for t in range(3):
-        learner.learn(*mgclip.load_images((train, [2 * t, 2 * t + 1]), ""), NAMES[2 * t : 2 * t + 2])
-        images, labels = mgclip.load_images((test, range(2 * t + 2)), "")
+        learner.learn(*mgclip.load_images(train, [2 * t, 2 * t + 1], ""), NAMES[2 * t : 2 * t + 2])
+        images, labels = mgclip.load_images(test, range(2 * t + 2), "")
         accuracy.append(100 * (learner.predict(images) == labels).double().mean().item())
     assert accuracy == expected[-1]["accuracy"] and learner.names == list(NAMES)
 
@@ -797,7 +796,7 @@ def test_class_names_come_from_classes_txt_or_the_folders(tmp_path, listing, fol
 def opened(dataset, classes, half="train", size=32):
     """Names, images and labels of some classes of a data set in the folder data."""
     data, names = mgclip.open_data(dataset, "data", half, size, "--data-root")
-    return names, *mgclip.load_images((data, classes), half)
+    return names, *mgclip.load_images(data, classes, half)
 
 
 def test_vtab_has_the_authors_names_and_ends_with_the_papers_figures(workplace, capsys):
@@ -908,7 +907,7 @@ NO_MEMORY = Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate m
     (f"{FOLDER} --out images", ["--out images", "new or empty"]),
     (f"{NEW} --add birds", ["--add", "--resume"]),
     ("--predict a.png --resume whole --add birds", ["--predict", "--add"]),
-    ("--plot whole --resume cut", ["--plot", "of its own"]),
+    ("--plot whole --resume cut", ["--plot", "no other option"]),
     ("--plot whole images", ["--plot images", "metrics.jsonl"]),
     (["--resume", ""], ["--resume"]),
     (f"{CUT} --batch-size 1", ["--batch-size", "--resume"]),
@@ -921,7 +920,7 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
 
 
 @pytest.mark.parametrize("damage, command, words", [
-    (lambda _: Path("images/test/castle").rename("castle"), NEW, ["images", "1 classes: castle"]),
+    (lambda _: Path("images/test/castle").rename("castle"), NEW, ["images", "in one alone: castle"]),
     (lambda _: Path("images/test").rename("images/valid"), NEW, ["--data-root", "images: has no val/", "train/"]),
     (lambda _: os.truncate("images/train/forest/0.png", 1000), NEW, ["images/train/forest/0.png", "image"]),
     (lambda _: Image.new("RGB", (30_000, 1)).save(APPLE / "b.png"), NEW, ["apple/b.png", "as long as wide"]),
@@ -934,15 +933,15 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
     (lambda _: os.truncate(TINY, 100_000), NEW, ["--model", "tiny.pt", "cut short"]),
     (lambda _: torch.save(TRAP, TINY), NEW, ["--model", "tiny.pt", "state_dict()"]),
     (lambda _: small_clip(64, 32, (1, 1, 1, 1), 8, None, 77, 100, 64, 1, 1), NEW, ["--model", "tiny.pt", "ViT"]),
-    (lambda _: small_clip(64, 32, 1, 64, 8, 77, 99, 64, 1, 1), NEW, ["--model", "tiny.pt", "99 words"]),
+    (lambda _: small_clip(64, 32, 1, 64, 8, 77, 99, 64, 1, 1), NEW, ["--model", "tiny.pt", "99 tokens"]),
     (lambda _: reweighted(logit_scale=torch.tensor(math.nan)), NEW, ["--model", "tiny.pt", "finite"]),
     (lambda _: renamed("avocado"), CUT, ["apple", "avocado"]),
     (lambda _: day("images", "zebra"), CUT, ["no class", "castle"]),  # the first task would have three classes
     (lambda _: os.remove("images/train/apple/0.png"), CUT, None),  # old images are never seen again
-    (lambda _: reweighted(logit_scale=torch.tensor(1.0)), CUT, ["tiny.pt", "not the weights"]),
-    (lambda _: reweighted(logit_scale=torch.tensor(1.0)), "--predict a.png --resume whole", ["not the weights"]),
+    (lambda _: reweighted(logit_scale=torch.tensor(1.0)), CUT, ["tiny.pt", "another clip"]),
+    (lambda _: reweighted(logit_scale=torch.tensor(1.0)), "--predict a.png --resume whole", ["another clip"]),
     (lambda _: shutil.rmtree("images/train"), CUT, ["task 2, train", "gone"]),
-    (lambda _: flipped(Path("cut/checkpoint.pt")), CUT, ["cut/checkpoint.pt", "cut short or no checkpoint"]),
+    (lambda _: flipped(Path("cut/checkpoint.pt")), CUT, ["cut/checkpoint.pt", "a checksum is wrong"]),
     (lambda _: torch.save({}, "cut/checkpoint.pt"), CUT, ["checkpoint.pt", "version"]),
     (lambda _: os.remove("whole/checkpoint.pt"), "--resume whole", ["--resume whole", "checkpoint.pt is gone"]),
     (lambda _: Path("cut/metrics.jsonl").unlink(), CUT, ["--resume cut", "metrics.jsonl"]),
@@ -968,7 +967,7 @@ def test_bad_data_is_one_message(workplace, monkeypatch, capsys, damage, command
 @pytest.mark.parametrize("error", [
     ValueError("a bug"), RuntimeError("an illegal memory access was encountered"), RuntimeError("peer access"),
 ])  # fmt: skip
-@pytest.mark.parametrize("where", ["evaluate", "open_data", "finetune", "replace"])
+@pytest.mark.parametrize("where", ["evaluate", "open_data", "finetune", "write_atomically"])
 def test_a_bug_keeps_its_traceback(workplace, monkeypatch, where, error):
     monkeypatch.setattr(mgclip, where, Mock(side_effect=error))
     with pytest.raises(type(error)) as raised:
@@ -1131,7 +1130,10 @@ def test_a_run_is_taken_up_from_python(workplace):
     learner.learn(WHOLE, [0, 0, 0], ["fox"])
     assert learner.names == [*NAMES, "fox"] and learner.head.weight.shape == (7, 64)
     os.remove("plain/checkpoint.pt")
-    for folder, words in (("plain", "no checkpoint yet"), ("nowhere", "metrics.jsonl")):
+    metrics = Path("plain/metrics.jsonl")
+    Path("begun").mkdir()
+    Path("begun/metrics.jsonl").write_text(metrics.read_text().partition("\n")[0])
+    for folder, words in (("plain", "is gone"), ("begun", "no checkpoint yet"), ("nowhere", "metrics.jsonl")):
         with pytest.raises(ValueError, match=words):
             mgclip.load_run(folder, "cpu", "moved.pt")
 
@@ -1288,7 +1290,7 @@ def test_plot_draws_what_there_is(workplace, capsys, monkeypatch):
         assert main(["--plot", *runs.split()]) == 0
         Image.open(Path(runs.split()[0], "plot.png")).verify()
     search = ["pos", "neg", "within alpha, 50%"]
-    assert seen[:3] == [[[*curves, "zero-shot: birds"], search], [curves], [search]]
+    assert seen[:3] == [[[*curves, "zero-shot: birds"], search], [curves], [["zero-shot: birds"], search]]
     above = ["$fixed_{$", "whole", "whole, zero-shot: birds"]  # one pair of axes for both
     assert seen[3] == [above, ["whole, pos", "whole, neg", search[2]]]
     last = [events(name)[-1]["last"] for name in ("whole", "$fixed_{$")]
@@ -1501,7 +1503,7 @@ def two_forms(name, images, labels, device="cpu", bf16=False):
         torch.nn.init.normal_(q, std=0.1)  # B too, which begins at zero
         p.data.copy_(q)
     state, new, plain_rows = learner.state(), [f"thing {i}" for i in range(40, 50)], []
-    tokens = learner.prompts(learner.names + new)
+    tokens = learner.tokenize(learner.names + new)
     ours = [lambda: [learner.load(state), learner.learn(images, labels, new)],
             lambda: learner.scores(learner.features(images), learner.texts())[0]]  # fmt: skip
     plains = [lambda: plain_rows.append(plain_learning(plain, lora, images, labels, tokens)),
