@@ -12,6 +12,7 @@ import math
 import multiprocessing.connection
 import os
 import pickle
+import re
 import resource
 import runpy
 import shutil
@@ -217,11 +218,16 @@ def test_search_leaves_lora_and_generators_as_they_were(task):
     assert same(states(), began) and same(task[1], before)
 
 
-def test_gap_is_measured_in_float32_where_training_is_in_bf16(task):
+def test_gap_and_head_are_in_float32_where_training_is_in_bf16(task):
     plain = find_epochs(*task, max_epochs=1)[1]
+    features, labels = extract_features(task[0], task[2]), task[3]
+    heads = CosineHead(64), CosineHead(64)
+    heads[0].learn(features, labels, batch_size=24)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         under = find_epochs(*task, max_epochs=1)[1]
         losses = finetune(*task, epochs=3, lr=0.01, batch_size=24)
+        heads[1].learn(features, labels, batch_size=24)
+    torch.testing.assert_close(heads[1].weight, heads[0].weight, atol=1e-6, rtol=1e-6)
     assert under[0] == plain[0] and under[1] != plain[1]
     assert losses == pytest.approx(TASKS[0]["loss"], rel=0.05) and losses != pytest.approx(TASKS[0]["loss"], abs=1e-4)
 
@@ -369,6 +375,19 @@ def test_a_call_that_does_not_fit_is_refused_before_anything_changes(kind, chang
     if "images" in change and len(change["images"]) and change["images"].shape != WHOLE.shape:
         with pytest.raises(ValueError, match=words):
             learner.predict(change["images"])
+
+
+def test_a_function_called_with_labels_that_do_not_fit_refuses_them(task):
+    model, lora, images, labels, tokens = task
+    with pytest.raises(ValueError, match="24 images, but 23 labels"):
+        finetune(model, lora, images, labels[1:], tokens, 1)
+    features = extract_features(model, images)
+    with pytest.raises(ValueError, match="24 images, but 23 labels"):
+        mgclip.similarity_gap(features, features[:3], labels[1:])
+    for wrong in (labels + 1, labels.clamp(1), labels - 1):
+        for work in (class_prototypes, functools.partial(fit_head, CosineHead(64))):
+            with pytest.raises(ValueError, match="0, 1, .."):
+                work(features=features, labels=wrong)
 
 
 def test_labels_names_and_heads_of_other_kinds_are_taken():
@@ -529,13 +548,17 @@ OPTIONS = dict(lr=0.01, batch_size=8)
     lambda: MGCLIP(made_up_clip(), epochs=1, head=mgclip.RidgeHead(64, width=99), **OPTIONS),
     lambda: mgclip.NullSpaceMGCLIP(made_up_clip(), rho=0.05, epochs=1, **OPTIONS),
 ], ids=["MG-CLIP", "ridge", "null space"])  # fmt: skip
-def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path):
+def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path, monkeypatch):
     _, _, images, labels, _ = golden_inputs()
     learner = new()
     learner.learn(images[:24], labels[:24].numpy(), np.array(NAMES[:3]))
     first, state = scored(learner, images), learner.state()
     torch.save(state, tmp_path / "learner.pt")
     second = images[24:40], labels[24:40] - 3, np.array(NAMES[3:5])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mgclip, "class_prototypes", Mock(side_effect=KeyboardInterrupt))
+        learner.learn(*second)
+    assert same(scored(learner, images), first) and len(learner.names) == 3  # what was half learned is undone
     learner.learn(*second)
     expected = scored(learner, images)
     saved = torch.load(tmp_path / "learner.pt", weights_only=True)
@@ -741,19 +764,25 @@ def test_vtab_has_the_authors_names_and_ends_with_the_papers_figures(workplace, 
     assert opened("imagenet100", [99], "test")[0] == [str(i) for i in range(100)]  # of all, the first 100
 
 
-def test_cifar100_and_pets_are_read_as_torchvision_lays_them_out(workplace, monkeypatch):
-    for folder in ("cifar-100-python", "oxford-iiit-pet/annotations"):
-        Path("data", folder).mkdir(parents=True)
+def cifar100_on_disk(monkeypatch):
+    """Writes a CIFAR-100 of two images per class, as torchvision reads it, and returns its pixels."""
+    Path("data/cifar-100-python").mkdir(parents=True)
     pixels = np.random.RandomState(0).randint(0, 256, (200, 3072)).astype(np.uint8)
-    for name, value in (
-        ("train", {"data": pixels, "fine_labels": [*range(100)] * 2}),
-        ("meta", {"fine_label_names": [f"thing_{i:02d}" for i in range(100)]}),
-    ):
-        Path("data/cifar-100-python", name).write_bytes(pickle.dumps(value))
+    for name in ("train", "test"):
+        images = {"data": pixels, "fine_labels": [*range(100)] * 2}
+        Path("data/cifar-100-python", name).write_bytes(pickle.dumps(images))
+    names = {"fine_label_names": [f"thing_{i:02d}" for i in range(100)]}
+    Path("data/cifar-100-python/meta").write_bytes(pickle.dumps(names))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    return pixels
+
+
+def test_cifar100_and_pets_are_read_as_torchvision_lays_them_out(workplace, monkeypatch):
+    pixels = cifar100_on_disk(monkeypatch)
     names, images, labels = opened("cifar100", [7, 3], "train", 224)
     assert np.array_equal(images, pixels.reshape(-1, 3, 32, 32)[[7, 107, 3, 103]])  # not enlarged yet
     assert (names[7], labels.tolist()) == ("thing_07", [0, 0, 1, 1])
+    Path("data/oxford-iiit-pet/annotations").mkdir(parents=True)
     paint(Path("data/oxford-iiit-pet/images/great_dane_7.jpg"))
     Path("data/oxford-iiit-pet/annotations/test.txt").write_text("great_dane_7 1 1 1\n")
     names, images, labels = opened("pets", [0], "zeroshot")
@@ -1312,36 +1341,46 @@ def test_the_demo_shows_the_papers_effects(demo):
     assert lost["untouched"] == 0 and lost["long"] > 1.5 * lost["mgclip"] and lost["long"] > 2
 
 
-def readme_after(opening):
-    return Path(mgclip.__file__).with_name("README.md").read_text("utf-8").partition(opening)[2].partition("```")[0]
+def readme_blocks(language):
+    return re.findall(f"```{language}\n(.*?)```", Path(mgclip.__file__).with_name("README.md").read_text("utf-8"), re.S)
 
 
-def test_the_readmes_python_runs_as_it_stands(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(mgclip, "tiny_clip", lambda: "tiny.pt")
-    exec(readme_after("```python\n"), {})
-    assert "'" in capsys.readouterr().out and Path("learner.pt").exists()
+def run_block(block, more):
+    """Runs the lines of a block of the README that call the program; more: further options where a run begins."""
+    for line in block.splitlines():
+        if line.startswith("python mgclip.py") and (PLOTS or "--plot" not in line):
+            arguments = line.replace("new/*.jpg", "new/a.jpg").split()[2:]
+            begins = "--plot" not in line and "--resume" not in line
+            assert main(arguments + more.split() * begins) == 0, line
 
 
-def test_the_readmes_shell_learns_predicts_and_adds(workplace, monkeypatch):
+def test_the_readmes_commands_run_as_they_stand(workplace, monkeypatch, capsys):
+    _, _, paper, names, own, picture = readme_blocks("sh")
+    cifar100_on_disk(monkeypatch)
+    monkeypatch.setattr(mgclip, "SPLITS", {split: (2, 0.5, 1) for split in mgclip.SPLITS})
+    run_block(paper, "--model tiny.pt --epochs 0 --head-epochs 0 --device cpu")
+    run_block(picture, "--model tiny.pt --epochs 0 --head-epochs 0 --device cpu")
+    assert len(os.listdir("runs")) == 6
     for name in ("images", "images/test/apple"):
         shutil.copytree(name, "photos" if name == "images" else "new")
     Path("new/6.png").rename("new/a.jpg")
-    day("tomorrow", "crow", "owl")
-    lines = [line for line in readme_after("are scored\n").splitlines()]
-    for line in lines:
-        arguments = line.replace("python mgclip.py ", "").replace("new/*.jpg", "new/a.jpg")
-        more = "" if "--resume" in line else "--model tiny.pt --tasks 3 --epochs 1"
-        assert main([*arguments.split(), *more.split()]) == 0
-    assert len(lines) == 3 and len(events("runs/photos", "task")) == 4
-
-
-def test_the_readmes_shell_takes_the_authors_names(workplace):
+    day("march", "crow", "owl")
+    for options in ("", "--epochs 0"):  # on a GPU, and without one
+        shutil.rmtree("runs/photos", ignore_errors=True)
+        run_block(own, f"--model tiny.pt --max-epochs 1 --device cpu {options}")
+        assert len(events("runs/photos", "task")) == 2
     for name, folder in (("imagenet100", "imagenet100"), ("imagenet1000", "imagenet1k"), ("imagenet_R", "imagenet-r")):
         Path(folder).mkdir()
         Path(f"{name}_classes.txt").write_text("0\tn01443537\tgoldfish\n1\tn01484850\tgreat white shark\n")
-    assert os.system("cut" + readme_after("```sh\ncut")) == 0
+    assert os.system(names) == 0
     for folder in ("imagenet100", "imagenet1k", "imagenet-r"):
         assert mgclip.class_names(folder, ["n01484850", "n01443537"]) == ["great white shark", "goldfish"]
+    monkeypatch.setattr(mgclip, "tiny_clip", lambda: "tiny.pt")
+    capsys.readouterr()
+    for block in readme_blocks("python"):
+        exec(block, {})
+    one, four = capsys.readouterr().out.splitlines()
+    assert one in (*NAMES, "crow", "owl") and four.count("'") == 8 and Path("learner.pt").exists()
 
 
 # Benchmark: python test_mgclip.py [--device cuda] [--bf16] [--images N] -----------------------------------------------
