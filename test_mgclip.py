@@ -569,7 +569,6 @@ def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path, monkeypatch
         assert same(scored(which, images), expected) and which.names == list(NAMES[:5])
 
 
-
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 FOLDER = "--dataset folder --data-root images --model tiny.pt --tasks 3 --device cpu --batch-size 5"
@@ -674,7 +673,6 @@ def test_a_t_counts_every_image_alike():
     means = [part.mean().item() for part in (fused, text, visual, fused[:7], fused[7:])]
     names = ("accuracy", "text_accuracy", "visual_accuracy")
     assert [*(result[name] for name in names), *result["per_task"]] == pytest.approx(means)
-
 
 
 def test_epochs_found_give_the_figures_of_epochs_given(workplace):
@@ -1296,6 +1294,15 @@ def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
         assert (x - inputs[attn]).square().sum() <= 0.011 * inputs[attn].square().sum()
         for A, B in ((attn.A_k, attn.B_k), (attn.A_v, attn.B_v)):
             assert (x @ A.T @ B.T).norm() < 1e-4 < B.norm()
+
+
+def test_null_space_projects_in_float32_under_bf16():
+    _, _, images, labels, _ = golden_inputs()
+    learner = mgclip.NullSpaceMGCLIP(made_up_clip(), epochs=1, bf16=True, **OPTIONS)
+    for names in (NAMES[:3], NAMES[3:]):
+        learner.learn(images[:24], labels[:24], names)
+    for attn, P in zip(learner.attns, learner.P):
+        torch.testing.assert_close(attn.A_k @ P, attn.A_k, atol=1e-6, rtol=1e-5)
 
 
 # The README's blocks, and what it claims of the demo ------------------------------------------------------------------
