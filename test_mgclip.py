@@ -851,9 +851,9 @@ NO_MEMORY = Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate m
 
 @pytest.mark.parametrize("command, words", [
     *((f"{NEW} {option}", option.split()) for option in (
-        "--tasks 0", "--tasks 5,2", "--tasks 1,5", "--alpha nan", "--alpha 10", "--beta 1e39", "--rank 0", "--epochs all", "--runs 3",
-        "--template photo", "--device quantum", "--zeroshot birds", "--zeroshot =images", "--model no-such",
-        "--model ViT-B/16", "--data-root nowhere/peer", "--null-space 1",
+        "--tasks 0", "--tasks 5,2", "--tasks 1,5", "--tasks 7", "--alpha nan", "--alpha 10", "--beta 1e39", "--rank 0",
+        "--epochs all", "--runs 3", "--template photo", "--device quantum", "--zeroshot birds", "--zeroshot =images",
+        "--model no-such", "--model ViT-B/16", "--data-root nowhere/peer", "--null-space 1",
     )),
     (f"{NEW} --zeroshot birds=nowhere", ["--zeroshot birds", "nowhere"]),
     (f"{NEW} --zeroshot a=birds --zeroshot a=images", ["--zeroshot", "one name"]),
@@ -1234,7 +1234,8 @@ def test_plot_draws_what_there_is(workplace, capsys, monkeypatch):
 
     save, seen, curves = Figure.savefig, [], ["MG-CLIP (Eq. 5)", "text half", "visual half"]
     legends = lambda figure: [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: [seen.append(legends(figure)), save(figure, *a, **k)])
+    noted = lambda figure, *args, **options: [seen.append(legends(figure)), save(figure, *args, **options)]
+    monkeypatch.setattr(Figure, "savefig", noted)
     for runs in ("whole", "$fixed_{$", "begun", "$fixed_{$ whole"):
         assert main(["--plot", *runs.split()]) == 0
         Image.open(Path(runs.split()[0], "plot.png")).verify()
@@ -1266,7 +1267,9 @@ def test_ridge_head_is_least_squares_on_all_images_at_once():
     Y = F.one_hot((labels - 4) % 6).double()  # in the order of learning
     rows = torch.cat([phi, 0.5**0.5 * torch.eye(24).double()]), torch.cat([Y, torch.zeros(24, 6)])
     expected = torch.linalg.lstsq(*rows).solution.float()
-    torch.testing.assert_close(head(x), phi.float() @ expected, atol=1e-5, rtol=1e-4)
+    expected = phi.float() @ expected
+    with torch.autocast("cpu", torch.bfloat16):  # as a host may have it
+        torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
@@ -1308,13 +1311,14 @@ def test_null_space_projects_in_float32_under_bf16():
 # The README's blocks, and what it claims of the demo ------------------------------------------------------------------
 
 
-DEMO = dict(untouched="--epochs 0", long="--epochs 10", mgclip="")  # the text half of each is its run with --beta 0
+RETENTION = "--zeroshot patterns"
+DEMO = dict(untouched="--epochs 0", long=f"--epochs 10 {RETENTION}", mgclip=RETENTION)
 
 
 def run_demo():
     torch.set_num_threads(1)
     mgclip.tiny_clip()
-    runs = [forked(main, f"{DEMO[name]} --zeroshot patterns --out {name}".split(), err=f"{name}.err") for name in DEMO]
+    runs = [forked(main, f"{DEMO[name]} --out {name}".split(), err=f"{name}.err") for name in DEMO]
     for process in runs:
         process.join()
 
@@ -1333,7 +1337,7 @@ def test_the_demo_shows_the_papers_effects(demo):
         accuracies = [e[f"{half}accuracy"] for e in events(demo() / name, "task")]
         return np.array([np.mean(accuracies), accuracies[-1]])  # Avg, Last
 
-    untouched, naive, preservation = [averages(name, "text_") for name in DEMO]
+    untouched, naive, preservation = [averages(name, "text_") for name in DEMO]  # what --beta 0 has
     untouched_with_W_v, compensation, mg_clip = [averages(name) for name in DEMO]
     for lower, higher in (
         (naive, untouched), (naive, compensation), (naive, preservation), (untouched, preservation),
@@ -1343,9 +1347,9 @@ def test_the_demo_shows_the_papers_effects(demo):
         assert (lower < higher).all()
     search = [e["neg"] for e in events(demo() / "mgclip", "search")]
     assert search == sorted(search, reverse=True) and 2 <= events(demo() / "mgclip", "epochs")[0]["epochs"] <= 6
-    kept = {name: [e["accuracy"] for e in events(demo() / name, "zeroshot")] for name in DEMO}
-    lost = {name: accuracies[0] - accuracies[-1] for name, accuracies in kept.items()}
-    assert lost["untouched"] == 0 and lost["long"] > 1.5 * lost["mgclip"] and lost["long"] > 2
+    retention = {name: [e["accuracy"] for e in events(demo() / name, "zeroshot")] for name in ("long", "mgclip")}
+    lost = {name: accuracies[0] - accuracies[-1] for name, accuracies in retention.items()}
+    assert lost["long"] > 1.5 * lost["mgclip"] and lost["long"] > 2
 
 
 def readme_blocks(language):
@@ -1365,8 +1369,8 @@ def test_the_readmes_commands_run_as_they_stand(workplace, monkeypatch, capsys):
     _, _, paper, names, own, picture = readme_blocks("sh")
     cifar100_on_disk(monkeypatch)
     monkeypatch.setattr(mgclip, "SPLITS", {split: (2, 0.5, 1) for split in mgclip.SPLITS})
-    run_block(paper, "--model tiny.pt --epochs 0 --head-epochs 0 --device cpu")
-    run_block(picture, "--model tiny.pt --epochs 0 --head-epochs 0 --device cpu")
+    run_block(paper, "--model tiny.pt --tasks 2 --epochs 0 --head-epochs 0 --device cpu")
+    run_block(picture, "--model tiny.pt --tasks 2 --epochs 0 --head-epochs 0 --device cpu")
     assert len(os.listdir("runs")) == 6
     for name in ("images", "images/test/apple"):
         shutil.copytree(name, "photos" if name == "images" else "new")
