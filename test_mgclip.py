@@ -348,7 +348,7 @@ def test_a_task_of_one_class_teaches_the_head_alone(task):
 
 
 WHOLE = torch.full((3, 3, 32, 32), 200, dtype=torch.uint8)  # three images
-LABELS = ([0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1], [[0], [1], [2]], np.eye(3), [0, 1, 1.5],
+LABELS = ([0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1], [[0], [1], [2]], np.eye(3), [0, 1, 2.5],
           [0, 1, math.nan], ["a", "b", "c"], None)  # fmt: skip
 
 
