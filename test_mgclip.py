@@ -361,7 +361,9 @@ LABELS = ([0, 0, 2], [1, 2, 3], [0, 0, 0], [0, 1, 2, 2], [0, 1], [[0], [1], [2]]
     (dict(images=WHOLE[:, :1]), r"\(3, 1, 32, 32\)"), (dict(images=WHOLE[0]), r"\(3, 32, 32\)"),
     (dict(names=["ant", "bee", "ant"]), "given twice: ant"), (dict(names=["ant", "fox", "cat"]), "already.*: fox"),
     (dict(names=["ant", ("b", "e"), "cat"]), "names .*'b'"), (dict(names=["ant", "bee", math.nan]), "names .*nan"),
-    (dict(names="abc"), "names .*'abc'"), (dict(names=[], labels=[], images=WHOLE[:0]), "labels"),
+    (dict(names="abc"), "names .*'abc'"), (dict(names={"ant", "bee", "cat"}), "names"), (dict(names=None), "names"),
+    (dict(names=dict(ant=0, bee=1, cat=2)), "names"), (dict(images=WHOLE[:0]), "0 images, but 3 labels"),
+    (dict(names=[], labels=[], images=WHOLE[:0]), "labels"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [MGCLIP, mgclip.NullSpaceMGCLIP])
 def test_a_call_that_does_not_fit_is_refused_before_anything_changes(kind, change, words):
@@ -402,11 +404,21 @@ def test_labels_names_and_heads_of_other_kinds_are_taken():
 @pytest.mark.parametrize("options, words", [
     (dict(template="a photo"), "template"), (dict(template="{} or {}"), "template"), (dict(alpha=10), "0.1 is 10%"),
     (dict(epochs=-1), "epochs"), (dict(epochs="all"), "epochs"), (dict(rank=0), "rank"), (dict(max_epochs=0), "max_ep"),
-    (dict(beta=math.nan), "beta"), (dict(batch_size=0), "batch_size"), (dict(head_epochs=-1), "head_epochs"),
+    (dict(beta=math.nan), "beta"), (dict(beta=1e39), "beta"), (dict(batch_size=0), "batch_size"),
+    (dict(batch_size=2.5), "batch_size"), (dict(head_epochs=-1), "head_epochs"), (dict(lr=-1), "lr"),
+    (dict(head=CosineHead(9)), "head .*64 dimensions"), (dict(rho=1.5), "rho"), (dict(ridge=0), "ridge"),
 ])  # fmt: skip
 def test_an_option_that_makes_wrong_figures_is_refused(options, words):
+    kind = dict(rho=mgclip.NullSpaceMGCLIP, ridge=mgclip.RidgeHead).get(*options, MGCLIP)
+    model = made_up_clip()
     with pytest.raises(ValueError, match=words):
-        MGCLIP(made_up_clip(), **options)
+        kind(model, **options)
+    MGCLIP(model, batch_size=np.int64(8), seed=np.int64(3))  # the refused call has left the model as it was
+
+
+def test_what_is_no_clip_is_refused():
+    with pytest.raises(ValueError, match="ViT image encoder, not tuple"):
+        MGCLIP((made_up_clip(), "preprocess"))
 
 
 @torch.no_grad()  # as a host may have it: `learn` sets it right
@@ -436,22 +448,23 @@ def test_a_state_of_another_clip_or_of_other_options_is_refused():
     MGCLIP(made_up_clip(), seed=5).load(state)
 
 
+@pytest.mark.parametrize("host", [
+    lambda: torch.device("meta"),  # a default device on which nothing can be computed
+    lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad,
+])  # fmt: skip
 @pytest.mark.parametrize("new", [
     lambda model: MGCLIP(model, max_epochs=1, batch_size=2),
     lambda model: mgclip.NullSpaceMGCLIP(model, epochs=1, head=mgclip.RidgeHead(64, width=9)),
 ])  # fmt: skip
-def test_a_hosts_default_device_changes_nothing(new):
+def test_what_a_host_has_set_changes_nothing(new, host):
     images, outcomes = golden_images(), []
-    for device in ("meta", None):  # on meta nothing can be computed
+    for context in (host(), contextlib.nullcontext()):
         model = made_up_clip()
-        torch.set_default_device(device)
-        try:
+        with context:
             learner = new(model)
-            for names in (["fox", "owl"], ["ant", "bee"]):
+            for names in (["fox", "owl"], ["ant", "bee"], ["cat", "dog"]):
                 learner.learn(images, [0, 1, 0], names)
             outcomes.append([*scored(learner, images), learner.predict(images), learner.predict(images[:0])])
-        finally:
-            torch.set_default_device(None)
     assert same(*outcomes)
 
 
@@ -503,6 +516,7 @@ def test_gradients_of_the_cosine_are_float32_under_bf16(task, monkeypatch):
 
 
 IMPORTS_OF_A_PASTE = """
+import copy
 import hashlib
 import math
 from contextlib import contextmanager
@@ -669,6 +683,9 @@ def test_a_t_counts_every_image_alike():
     seen = []
     on_gpu = type("OnGPU", (torch.Tensor,), dict(cpu=lambda self: seen.append(self) or self.as_subclass(torch.Tensor)))
     mgclip.evaluate(learner, [(images[:35], truth.as_subclass(on_gpu))])
+    assert mgclip.evaluate(learner, [(images[:7], labels[:7].tolist()), (images[20:], labels[20:].flip(0))]) == result
+    with pytest.raises(ValueError, match="7 images, but 8 labels"):
+        mgclip.evaluate(learner, [(images[:7], labels[:8]), (images[20:], labels[21:])])
     assert len(seen) == 1  # labels on a GPU are copied to the CPU
     scores = scored(learner, torch.cat([images[:7], images[20:]]))
     fused, text, visual = [100 * (part.argmax(1) == truth).double() for part in scores]
@@ -883,6 +900,7 @@ def test_a_bad_option_is_one_message(workplace, capsys, command, words):
     (lambda _: os.truncate("images/train/forest/0.png", 1000), NEW, ["images/train/forest/0.png", "image"]),
     (lambda _: Image.new("RGB", (30_000, 1)).save(APPLE / "b.png"), NEW, ["apple/b.png", "as long as wide"]),
     (lambda _: Image.new("F", (9, 9)).save(APPLE / "b.tif"), NEW, ["apple/b.tif", "16 bits"]),
+    (lambda _: [Image.new("L", (9, 9), 1).save(p) for p in APPLE.parent.glob("*/*.png")], NEW, ["task 1", "black"]),
     *((lambda _, name=name: renamed(name), NEW, ["images/classes.txt", name, "README"])
       for name in ("n02100000", "n02085620-apple", "001.apple")),
     (lambda _: LISTING.write_text("".join(f"{n} {n * 99}\n" for n in NAMES)), NEW, ["classes.txt", "appleapple"]),
@@ -1269,9 +1287,7 @@ def test_ridge_head_is_least_squares_on_all_images_at_once():
     Y = F.one_hot((labels - 4) % 6).double()  # in the order of learning
     rows = torch.cat([phi, 0.5**0.5 * torch.eye(24).double()]), torch.cat([Y, torch.zeros(24, 6)])
     expected = torch.linalg.lstsq(*rows).solution.float()
-    expected = phi.float() @ expected
-    with torch.autocast("cpu", torch.bfloat16):  # as a host may have it
-        torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head(x), phi.float() @ expected, atol=1e-5, rtol=1e-4)
 
 
 def test_null_space_leaves_alone_what_earlier_tasks_were_made_of():
