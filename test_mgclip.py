@@ -413,7 +413,8 @@ def test_an_option_that_makes_wrong_figures_is_refused(options, words):
     model = made_up_clip()
     with pytest.raises(ValueError, match=words):
         kind(model, **options)
-    MGCLIP(model, batch_size=np.int64(8), seed=np.int64(3))  # the refused call has left the model as it was
+    learner = MGCLIP(model, epochs=np.int64(1), batch_size=np.int64(8))  # the refused call left the model as it was
+    assert type(learner.E) is int  # which JSON and torch.load take
 
 
 def test_what_is_no_clip_is_refused():
@@ -773,6 +774,8 @@ def test_vtab_has_the_authors_names_and_ends_with_the_papers_figures(workplace, 
         paint(Path("data", half, str(c), "0.png"), c, (8, 8))
     ran("--dataset vtab --model tiny.pt --epochs 0 --head-epochs 0 --device cpu")
     assert "the paper's Avg / Last: 94.67 / 91.53, E unknown" in capsys.readouterr().out
+    day("more", "crow")
+    assert main("--resume run --add more".split()) == 0 and "the paper's" not in capsys.readouterr().out
     names, images, _ = opened("vtab", [10])
     assert (names[0], names[20], names[49], len(set(names))) == ("airplane", "Abyssinian Cat", "pink-yellow dahlia", 50)
     assert torch.equal(images[0], decoded("data/train/10/0.png"))
