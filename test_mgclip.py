@@ -232,6 +232,26 @@ def test_gap_and_head_are_in_float32_where_training_is_in_bf16(task):
     assert losses == pytest.approx(TASKS[0]["loss"], rel=0.05) and losses != pytest.approx(TASKS[0]["loss"], abs=1e-4)
 
 
+def test_a_bf16_learner_trains_on_the_weights_of_the_last_step(task, monkeypatch):
+    """And not on the bf16 copies of them that autocast keeps."""
+    learner = MGCLIP(made_up_clip(), rank=4, epochs=3, lr=0.01, batch_size=24, bf16=True)
+    losses, mean_loss = [], mgclip.mean_loss
+    for p, golden in zip(learner.lora, task[1], strict=True):
+        p.data.copy_(golden)
+    monkeypatch.setattr(mgclip, "mean_loss", lambda *batches: losses.append(mean_loss(*batches)) or losses[-1])
+    learner.learn(*task[2:4], NAMES[:3])
+    assert losses[:3] == pytest.approx(TASKS[0]["loss"], rel=0.05)
+
+
+def test_the_lora_learns_the_same_with_any_head():
+    _, _, images, labels, _ = golden_inputs()
+    learners = [MGCLIP(made_up_clip(), epochs=1, batch_size=5, head=head) for head in (None, mgclip.RidgeHead(64))]
+    for learner in learners:
+        for names in (NAMES[:3], NAMES[3:]):
+            learner.learn(images[:24], labels[:24], names)
+    assert same(*[learner.lora for learner in learners])
+
+
 @pytest.mark.parametrize("github", [False, True])
 def test_features_and_gradients_are_those_of_clips_own_encoders(monkeypatch, github):
     """Of all 77 tokens and all of the last image block, where ours stop at the longest prompt and the class token."""
