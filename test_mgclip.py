@@ -233,7 +233,7 @@ def test_gap_and_head_are_in_float32_where_training_is_in_bf16(task):
 
 
 def test_a_bf16_learner_trains_on_the_weights_of_the_last_step(task, monkeypatch):
-    """And not on the bf16 copies of them that autocast keeps."""
+    """And not on bf16 copies of them, which autocast keeps of parameters that are multiplied as they are."""
     learner = MGCLIP(made_up_clip(), rank=4, epochs=3, lr=0.01, batch_size=24, bf16=True)
     losses, mean_loss = [], mgclip.mean_loss
     for p, golden in zip(learner.lora, task[1], strict=True):
