@@ -426,6 +426,7 @@ def test_labels_names_and_heads_of_other_kinds_are_taken():
     (dict(epochs=-1), "epochs"), (dict(epochs="all"), "epochs"), (dict(rank=0), "rank"), (dict(max_epochs=0), "max_ep"),
     (dict(beta=math.nan), "beta"), (dict(beta=1e39), "beta"), (dict(batch_size=0), "batch_size"),
     (dict(batch_size=2.5), "batch_size"), (dict(head_epochs=-1), "head_epochs"), (dict(lr=-1), "lr"),
+    (dict(seed=2.5), "seed"),
     (dict(head=CosineHead(9)), "head .*64 dimensions"), (dict(rho=1.5), "rho"), (dict(ridge=0), "ridge"),
 ])  # fmt: skip
 def test_an_option_that_makes_wrong_figures_is_refused(options, words):
@@ -435,6 +436,7 @@ def test_an_option_that_makes_wrong_figures_is_refused(options, words):
         kind(model, **options)
     learner = MGCLIP(model, epochs=np.int64(1), batch_size=np.int64(8))  # the refused call left the model as it was
     assert type(learner.E) is int  # which JSON and torch.load take
+    learner.learn(WHOLE, [0, 1, 1], ["fox", "owl"])
 
 
 def test_what_is_no_clip_is_refused():
@@ -580,11 +582,25 @@ def scored(learner, images):
 OPTIONS = dict(lr=0.01, batch_size=8)
 
 
+class ListHead:
+    """A head of a user's own, which changes in place."""
+
+    def __init__(self):
+        self.rows = []
+
+    def learn(self, features, labels, **_):
+        self.rows.extend(class_prototypes(features, labels))
+
+    def __call__(self, features):
+        return features @ torch.stack(self.rows).T
+
+
 @pytest.mark.parametrize("new", [
     lambda: MGCLIP(made_up_clip(), max_epochs=2, **OPTIONS),
     lambda: MGCLIP(made_up_clip(), epochs=1, head=mgclip.RidgeHead(64, width=99), **OPTIONS),
     lambda: mgclip.NullSpaceMGCLIP(made_up_clip(), rho=0.05, epochs=1, **OPTIONS),
-], ids=["MG-CLIP", "ridge", "null space"])  # fmt: skip
+    lambda: MGCLIP(made_up_clip(), epochs=1, head=ListHead(), **OPTIONS),
+], ids=["MG-CLIP", "ridge", "null space", "own head"])  # fmt: skip
 def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path, monkeypatch):
     _, _, images, labels, _ = golden_inputs()
     learner = new()
@@ -593,7 +609,8 @@ def test_a_learner_goes_on_from_a_state_however_often(new, tmp_path, monkeypatch
     torch.save(state, tmp_path / "learner.pt")
     second = images[24:40], labels[24:40] - 3, np.array(NAMES[3:5])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mgclip, "class_prototypes", Mock(side_effect=KeyboardInterrupt))
+        learn = type(learner.head).learn
+        patch.setattr(type(learner.head), "learn", lambda *a, **k: [learn(*a, **k), signal.raise_signal(signal.SIGINT)])
         learner.learn(*second)
     assert same(scored(learner, images), first) and len(learner.names) == 3  # what was half learned is undone
     learner.learn(*second)
@@ -1279,7 +1296,7 @@ def test_plot_draws_what_there_is(workplace, capsys, monkeypatch):
     legends = lambda figure: [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     noted = lambda figure, *args, **options: [seen.append(legends(figure)), save(figure, *args, **options)]
     monkeypatch.setattr(Figure, "savefig", noted)
-    for runs in ("whole", "$fixed_{$", "begun", "$fixed_{$ whole"):
+    for runs in ("whole", "$fixed_{$", "begun", f"$fixed_{{$ {os.path.abspath('whole')}"):
         assert main(["--plot", *runs.split()]) == 0
         Image.open(Path(runs.split()[0], "plot.png")).verify()
     search = ["pos", "neg", "within alpha, 50%"]
@@ -1423,6 +1440,7 @@ def test_the_readmes_commands_run_as_they_stand(workplace, monkeypatch, capsys):
         shutil.rmtree("runs/photos", ignore_errors=True)
         run_block(block, "--model tiny.pt --max-epochs 1 --device cpu")
         assert len(events("runs/photos", "task")) == 2
+        assert events("runs/photos")[-1]["trainable_parameters"] == 4 * 4 * 8 * 64  # the LoRA's: ridge trains nothing
     for name, folder in (("imagenet100", "imagenet100"), ("imagenet1000", "imagenet1k"), ("imagenet_R", "imagenet-r")):
         Path(folder).mkdir()
         Path(f"{name}_classes.txt").write_text("0\tn01443537\tgoldfish\n1\tn01484850\tgreat white shark\n")
