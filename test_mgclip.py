@@ -1411,7 +1411,8 @@ def test_the_demo_shows_the_papers_effects(demo, monkeypatch):
     search = [e["neg"] for e in events(demo() / "mgclip", "search")]
     assert search == sorted(search, reverse=True) and 2 <= events(demo() / "mgclip", "epochs")[0]["epochs"] <= 6
     monkeypatch.setenv("HOME", str(demo()))  # where the runs' CLIP lies
-    zeroshot_sets = [("patterns", mgclip.PATTERNS, *mgclip.draw_split("zeroshot").tensors)]
+    images, labels = mgclip.draw_split("zeroshot")[::2]  # half of them will do
+    zeroshot_sets = [("patterns", mgclip.PATTERNS, images, labels)]
     learners = [mgclip.load_run(demo() / name, "cpu") for name in DEMO]
     retention = [mgclip.zeroshot_accuracy(learner, zeroshot_sets)[0]["accuracy"] for learner in learners]
     untouched, naive, mg_clip = retention
