@@ -487,6 +487,13 @@ def test_a_state_of_another_clip_or_of_other_options_is_refused():
 ])  # fmt: skip
 def test_what_a_host_has_set_changes_nothing(new, host):
     images, outcomes = golden_images(), []
+    p = torch.zeros(1, requires_grad=True)
+    p.grad = torch.zeros(1)
+    with host(), torch.enable_grad():
+        try:
+            torch.optim.Adam([p]).step()
+        except NotImplementedError:
+            pytest.skip("this torch's own Adam counts its steps on the default device")
     for context in (host(), contextlib.nullcontext()):
         model = made_up_clip()
         with context:
