@@ -683,6 +683,7 @@ def workplace(template, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
     monkeypatch.setattr(mgclip, "pretrain_tiny", lambda: pytest.fail("pre-trains"))
+    monkeypatch.setattr(mgclip, "RidgeHead", functools.partial(mgclip.RidgeHead, width=64))  # 2,048 take a while
     return tmp_path
 
 
